@@ -1,0 +1,367 @@
+"""Training every drafter alike: text that the target writes, its hidden states kept once, one training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from paperworks.decoding.cache import TreeCache
+from paperworks.decoding.drafter import Drafter
+from paperworks.decoding.engine import generate
+from paperworks.decoding.target import Target
+from paperworks.decoding.tree import TreeShape
+
+Progress = Callable[[int], Any]
+
+
+class Prediction(NamedTuple):
+    """What one depth of a drafter says about all usable positions of a batch.
+
+    Attributes:
+        logits: Scores over the drafter's vocabulary, (positions, vocab).
+        labels: The tokens that came, (positions,).
+        positions: (row, index) of the target's state that predicts the same tokens, (positions, 2).
+        state: The drafter's estimate of that state, (positions, d).
+    """
+
+    logits: Tensor
+    labels: Tensor
+    positions: Tensor
+    state: Tensor
+
+
+class DraftHeads(Protocol):
+    """A drafter of fixed depth which can say what it would draft at every position at once."""
+
+    vocabulary: Tensor | None
+    tree: TreeShape
+
+    def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
+        """Predictions of each depth in turn."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftingData:
+    """Sequences with the target's hidden states, computed once for all drafters.
+
+    Attributes:
+        tokens: (sequences, length), int64, padded on the right.
+        hidden: (sequences, length, d).
+        mask: Whether a token may serve as a label: part of an answer and not padding.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.tokens)
+
+    def split(self, held_out: int) -> tuple[DraftingData, DraftingData]:
+        """All but the last `held_out` sequences, and those."""
+        if not 0 < held_out < len(self):
+            raise ValueError(f"held_out must be between 1 and {len(self) - 1}, got {held_out}")
+        parts = [(tensor[:-held_out], tensor[-held_out:]) for tensor in (self.tokens, self.hidden, self.mask)]
+        first, last = zip(*parts, strict=True)
+        return DraftingData(*first), DraftingData(*last)
+
+    def save(self, path: str | Path) -> None:
+        """Write to one safetensors file."""
+        save_file({"tokens": self.tokens, "hidden": self.hidden.contiguous(), "mask": self.mask}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftingData:
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+    def frequent_tokens(self, count: int) -> Tensor:
+        """The `count` tokens most often met as labels, ascending; rarer ids fill up where fewer occur."""
+        vocabulary = int(self.tokens.max()) + 1
+        counts = torch.bincount(self.tokens[self.mask], minlength=max(vocabulary, count))
+        return counts.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def self_written(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    answer_tokens: int = 128,
+    question_tokens: int = 64,
+    temperature: float = 0.0,
+    batch_size: int = 32,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """Text that the target writes with no corpus: questions it samples, then its own answers.
+
+    A chat model is given its template up to where the user would speak, and samples a question at temperature 1; the
+    answer follows through the template at `temperature`. A model without a chat template continues from its
+    beginning-of-sequence token.
+
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        tokens: Answer tokens wanted in all.
+        answer_tokens: At most so many an answer.
+        question_tokens: At most so many a question.
+        temperature: Of the answers; take the one at which the drafter will serve.
+        batch_size: Questions at once.
+        generator: Randomness.
+        progress: Called with the number of new answer tokens.
+
+    Returns:
+        (context, answer) pairs of token ids.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    before, after = _user_turn(tokenizer)
+    stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    written: list[tuple[list[int], list[int]]] = []
+    total = 0
+    while total < tokens:
+        start = torch.tensor([before] * batch_size, device=model.device)  # type: ignore[call-overload]
+        asked = generate(
+            model, start, max_new_tokens=question_tokens, temperature=1.0, eos_token_id=stop, generator=generator
+        ).new_tokens
+        contexts = [before + [token for token in question if token not in stop] + after for question in asked]
+        ids, mask = _padded(contexts, model.device)  # type: ignore[arg-type]
+        answers = generate(
+            model,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=answer_tokens,
+            temperature=temperature,
+            eos_token_id=stop,
+            generator=generator,
+        ).new_tokens
+        written += zip(contexts, answers, strict=True)
+        new = sum(map(len, answers))
+        total += new
+        if progress is not None:
+            progress(new)
+    return written
+
+
+def _user_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the chat template before and behind what a user says."""
+    if not getattr(tokenizer, "chat_template", None):
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [first if first is not None else 0], []
+    marker = "\N{INTERROBANG}"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": marker}], add_generation_prompt=True, tokenize=False
+    )
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(marker))
+    return before, after
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(sequence, device=device) for sequence in sequences]
+    mask = [torch.ones_like(row) for row in rows]
+    return (
+        nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        nn.utils.rnn.pad_sequence(mask, batch_first=True),
+    )
+
+
+@torch.inference_mode()
+def collect(
+    model: nn.Module,
+    written: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> DraftingData:
+    """Run the target once over (context, answer) pairs and keep its hidden states.
+
+    Args:
+        model: The target.
+        written: Pairs of token ids; only answers become labels. Any corpus will do: give its texts as answers.
+        batch_size: Sequences at once.
+        progress: Called with the number of sequences done.
+    """
+    if not any(len(answer) for _, answer in written):
+        raise ValueError("there is no answer text to train on: give at least one (context, answer) pair with an answer")
+    target = Target(model)
+    sequences = [[*context, *answer] for context, answer in written]
+    length = max(map(len, sequences))
+    tokens = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    hidden = torch.zeros(len(sequences), length, target.hidden_size, dtype=target.dtype)
+    for row, ((context, _), sequence) in enumerate(zip(written, sequences, strict=True)):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, len(context) : len(sequence)] = True
+    # Sequences of like length together, so that little padding is computed.
+    order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        prompts = [torch.tensor(sequences[row]) for row in rows]
+        states = target.prefill(prompts, TreeCache(target.config, len(rows)))[1]
+        hidden[rows, : states.shape[1]] = states.cpu()
+        if progress is not None:
+            progress(len(rows))
+    return DraftingData(tokens, hidden, mask)
+
+
+def distillation_loss(
+    predictions: Iterable[Prediction],
+    target: Target,
+    hidden: Tensor,
+    vocabulary: Tensor | None,
+    *,
+    label_weight: float,
+    teacher_weight: float,
+    state_weight: float,
+) -> Tensor:
+    """Sum over depths of label cross-entropy, cross-entropy with the target's law, and smooth L1 between states.
+
+    With a reduced `vocabulary` the target's law is renormalised over it, and labels outside it teach nothing.
+    """
+    rows = target.head_rows(vocabulary)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    if teacher_weight:
+        with torch.no_grad():
+            teacher = target.logits(hidden, rows.to(hidden.dtype)).float().softmax(-1)
+    if vocabulary is not None and label_weight:
+        place = torch.full((target.vocab_size,), -100, device=hidden.device)
+        place[vocabulary] = torch.arange(len(vocabulary), device=hidden.device)
+    for logits, labels, positions, state in predictions:
+        if not len(labels):
+            continue
+        log_law = logits.float().log_softmax(-1)
+        if label_weight:
+            wanted = labels if vocabulary is None else place[labels]
+            if bool((wanted >= 0).any()):
+                total = total + label_weight * F.nll_loss(log_law, wanted, ignore_index=-100)
+        row, index = positions.T
+        if teacher_weight:
+            total = total - teacher_weight * (teacher[row, index] * log_law).sum(-1).mean()
+        if state_weight:
+            total = total + state_weight * F.smooth_l1_loss(state.float(), hidden[row, index].float())
+    return total
+
+
+def train_drafter(
+    drafter: Drafter,
+    model: nn.Module,
+    data: DraftingData,
+    *,
+    epochs: float = 3.0,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    final_fraction: float = 0.1,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train `drafter` in place against the frozen `model`: AdamW, warm-up, then cosine decay.
+
+    Weights are kept in float32 while training, with bfloat16 products, and return to their dtype afterwards.
+
+    Args:
+        drafter: Any drafter with a `loss`.
+        model: The target.
+        data: From `collect`.
+        epochs: Passes over the data; may be fractional.
+        batch_size: Sequences a step.
+        learning_rate: Peak.
+        warmup: Fraction of the steps in which the rate rises.
+        weight_decay: AdamW's.
+        final_fraction: Learning rate at the end, as a fraction of the peak.
+        generator: Order of the sequences.
+        progress: Called with 1 after each step.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        ValueError: a value out of range, or a loss that is no longer finite.
+    """
+    if epochs <= 0 or batch_size < 1 or learning_rate <= 0:
+        raise ValueError("epochs and learning_rate must be positive and batch_size at least 1")
+    target = Target(model)
+    dtype = next(drafter.parameters()).dtype
+    drafter.float().train()
+    steps = max(1, round(epochs * len(data) / batch_size))
+    optimiser = torch.optim.AdamW(drafter.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    rising = max(1, round(warmup * steps))
+
+    def rate(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        cosine = (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        return final_fraction + (1 - final_fraction) * cosine
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    losses: list[float] = []
+    batches = _batches(data, batch_size, generator)
+    for _ in range(steps):
+        rows = next(batches)
+        longest = int(data.mask[rows].any(0).nonzero().max()) + 1
+        tokens, hidden, mask = (
+            part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
+        )
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype != torch.float64):
+            loss = drafter.loss(target, tokens, hidden.float(), mask)
+        if not bool(loss.isfinite()):
+            raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(1)
+    drafter.to(dtype).eval()
+    return losses
+
+
+def _batches(data: DraftingData, size: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    while True:
+        order = torch.randperm(len(data), generator=generator)
+        yield from order.split(size)
+
+
+@torch.inference_mode()
+def rank_accuracy(
+    drafter: DraftHeads, model: nn.Module, data: DraftingData, *, ranks: int = 10, batch_size: int = 8
+) -> Tensor:
+    """How often the token of each rank is the one that came, with the true tokens before it: (depth, ranks)."""
+    target = Target(model)
+    hits: list[Tensor] = []
+    seen: list[int] = []
+    for first in range(0, len(data), batch_size):
+        rows = slice(first, first + batch_size)
+        tokens, hidden, mask = (part[rows].to(target.device) for part in (data.tokens, data.hidden, data.mask))
+        for depth, prediction in enumerate(drafter.predictions(target, tokens, hidden, mask)):
+            best = prediction.logits.topk(ranks).indices
+            best = best if drafter.vocabulary is None else drafter.vocabulary[best]
+            right = (best == prediction.labels[:, None]).sum(0).cpu()
+            if depth == len(hits):
+                hits.append(torch.zeros(ranks, dtype=torch.long))
+                seen.append(0)
+            hits[depth] += right
+            seen[depth] += len(best)
+    return torch.stack([hit / max(1, count) for hit, count in zip(hits, seen, strict=True)]).double()
+
+
+def fit_tree(
+    drafter: DraftHeads, model: nn.Module, held_out: DraftingData, *, nodes: int, ranks: int = 10
+) -> Tensor:
+    """Give `drafter` the tree of `nodes` drafted nodes that should be accepted furthest; returns the rank accuracy."""
+    accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks)
+    drafter.tree = TreeShape.best(accuracy, nodes)
+    return accuracy

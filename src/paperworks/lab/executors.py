@@ -1,0 +1,331 @@
+"""Where runs take place: in this process, or on a Ray cluster.
+
+On Ray a recipe runs in one task of the cluster. All it records travels back at once over a queue, and only
+the calling process writes the store: so any store will do, progress is seen live, and what was recorded
+before a worker died is kept. A run asks for one CPU and, where the cluster has any, one GPU; `Run.map`
+spreads its items over tasks of one CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from paperworks.errors import PaperworksError, UsageError
+from paperworks.lab.environment import environment
+from paperworks.lab.recipe import Recipe, find
+from paperworks.lab.run import Artefact, Display, Entry, Environment, Run, Status, one_by_one
+from paperworks.lab.store import Store
+
+_HEARTBEAT = 10.0
+
+
+def execute(
+    recipe: Recipe | str,
+    *,
+    parameters: Mapping[str, object] | None = None,
+    scale: str = "default",
+    seed: int = 0,
+    store: Store | str | Path | None = None,
+    on: str = "here",
+    show_progress: bool = True,
+) -> Run:
+    """Execute a recipe and keep the run, however it ends.
+
+    Args:
+        recipe: The recipe, or the slug of its paper.
+        parameters: Options of the recipe, typed or as text.
+        scale: "tiny", "default" or "paper".
+        seed: Seed of all that is random, at least 0.
+        store: Where the run is kept, as for `Store`.
+        on: "here", "ray" (a Ray of this machine, started where none is), "auto" (the Ray cluster this machine
+            is part of) or "ray://host:port".
+        show_progress: Show progress on the error stream where that is a terminal.
+
+    Returns:
+        The run: finished, or failed with its error and traceback.
+
+    Raises:
+        UsageError: The recipe, an option, the scale, the store or the place is unknown; nothing is stored.
+        KeyboardInterrupt: The user stopped it; by then the run is kept as interrupted.
+
+    Example:
+        >>> import tempfile
+        >>> from paperworks.lab import recipe
+        >>> @recipe(paper="square")
+        ... def square(run: Run, side: float = 2.0) -> None:
+        ...     run.record("area", side**2, better="higher")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = execute(square, parameters={"side": "3"}, store=Path(folder) / "runs.db")
+        >>> run.status, run.measurements[0].value
+        ('finished', 9.0)
+    """
+    chosen = find(recipe) if isinstance(recipe, str) else recipe
+    options = chosen.plain(parameters, scale)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed is a whole number of at least 0, not {seed!r}")
+    place = executor(on)
+    if isinstance(store, Store):
+        return _execute(chosen, options, scale, seed, store, place, show_progress)
+    with Store(store) as opened:
+        return _execute(chosen, options, scale, seed, opened, place, show_progress)
+
+
+def _execute(
+    recipe: Recipe,
+    options: dict[str, Any],
+    scale: str,
+    seed: int,
+    store: Store,
+    place: Executor,
+    show_progress: bool,
+) -> Run:
+    display = Display() if show_progress and sys.stderr.isatty() else None
+    run = Run(
+        recipe.paper,
+        options,
+        seed=seed,
+        scale=scale,
+        artefacts=store.artefacts,
+        recorder=store,
+        parallel=place.map,
+        display=display,
+    )
+    store.begin(run)
+    with _heartbeat(store, run):
+        try:
+            place.work(recipe, run)
+            _end(run, "finished")
+        except (KeyboardInterrupt, SystemExit) as stop:
+            _end(run, "interrupted", stop, "stopped by the user")
+            raise
+        except Exception as error:
+            _end(run, "failed", error, _sentence(error))
+        finally:
+            if display is not None:
+                display.close()
+            store.end(run)
+    return run
+
+
+def _end(
+    run: Run, status: Status, exception: BaseException | None = None, sentence: str | None = None
+) -> None:
+    run.status, run.finished, run.bars = status, datetime.now(UTC), ()
+    run.exception, run.error = exception, sentence
+    if exception is not None:
+        run.traceback = "".join(traceback.format_exception(exception))
+
+
+def _sentence(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, PaperworksError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+@contextmanager
+def _heartbeat(store: Store, run: Run) -> Iterator[None]:
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_HEARTBEAT):
+            # A store that is away for a moment is not the run's concern: the next beat may reach it.
+            with suppress(UsageError):
+                store.beat(run.id)
+
+    thread = threading.Thread(target=beat, name=f"heartbeat of {run.id}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _work(recipe: Recipe, run: Run) -> None:
+    run.keep(Environment(environment()))
+    try:
+        recipe(run, **run.parameters)
+    finally:
+        # By now the recipe has loaded its libraries, which know of threads and GPU.
+        run.keep(Environment(environment()))
+        run.keep_files()
+
+
+class Executor(Protocol):
+    """A place where runs take place."""
+
+    def work(self, recipe: Recipe, run: Run) -> None:
+        """Carry out the recipe and have all it records kept by the run."""
+
+    def map(
+        self, function: Callable[[Any], Any], items: Sequence[Any], advance: Callable[[], None] = ...
+    ) -> list[Any]:
+        """Apply a function to every item and return the results in order."""
+
+
+def executor(on: str = "here") -> Executor:
+    """The place that a word names, ready for work.
+
+    Args:
+        on: As for `execute`.
+
+    Raises:
+        UsageError: The word names no place, Ray is not installed, or no cluster answers there.
+
+    Example:
+        >>> executor("here").map(abs, [-1, 2])
+        [1, 2]
+    """
+    if on == "here":
+        return Here()
+    if on in ("ray", "auto") or on.startswith("ray://"):
+        return OnRay(on)
+    raise UsageError(f"on {on!r} is no place to run; choose here, ray, auto or ray://host:port")
+
+
+class Here:
+    """This process."""
+
+    def work(self, recipe: Recipe, run: Run) -> None:
+        """Carry out the recipe in this process."""
+        _work(recipe, run)
+
+    def map(
+        self, function: Callable[[Any], Any], items: Sequence[Any], advance: Callable[[], None] = lambda: None
+    ) -> list[Any]:
+        """Apply a function to every item, one after the other."""
+        return one_by_one(function, items, advance)
+
+
+class OnRay:
+    """A Ray cluster.
+
+    Args:
+        on: "ray", "auto" or "ray://host:port", as for `execute`. A Ray that this process has joined already
+            is used as it is.
+
+    Raises:
+        UsageError: Ray is not installed or no cluster answers.
+    """
+
+    def __init__(self, on: str = "ray") -> None:
+        try:
+            self._ray = importlib.import_module("ray")
+        except ImportError:
+            raise UsageError(f'running on {on} needs Ray: pip install "paperworks[ray]"') from None
+        if not self._ray.is_initialized():
+            _join(self._ray, on)
+
+    def work(self, recipe: Recipe, run: Run) -> None:
+        """Carry out the recipe in one task of the cluster, and keep here what it records there."""
+        ray = self._ray
+        queue = importlib.import_module("ray.util.queue").Queue()
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        # A second try would record everything twice.
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_work_there)
+        job = (recipe, run.parameters, run.seed, run.scale, run.id)
+        task = remote.remote(*job, queue)
+        try:
+            done = False
+            while not done:
+                done = bool(ray.wait([task], timeout=0.1)[0])
+                for entry in queue.get_nowait_batch(queue.qsize()):
+                    run.keep(entry)
+            self._result(task)
+        finally:
+            ray.cancel(task)
+            queue.shutdown()
+
+    def map(
+        self, function: Callable[[Any], Any], items: Sequence[Any], advance: Callable[[], None] = lambda: None
+    ) -> list[Any]:
+        """Apply a function to every item, each in its own task of one CPU."""
+        ray = self._ray
+        apply = ray.remote(num_cpus=1)(_apply)
+        shared = ray.put(function)
+        tasks = [apply.remote(shared, item) for item in items]
+        waiting = list(tasks)
+        try:
+            while waiting:
+                [task], waiting = ray.wait(waiting)
+                self._result(task)
+                advance()
+        finally:
+            for task in waiting:
+                ray.cancel(task)
+        return [self._result(task) for task in tasks]
+
+    def _result(self, task: Any) -> Any:
+        try:
+            return self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from error
+            raise
+
+
+def _apply(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
+
+
+def _work_there(
+    recipe: Recipe, parameters: dict[str, Any], seed: int, scale: str, run_id: str, queue: Any
+) -> None:
+    with TemporaryDirectory() as folder:
+        line = _Line(queue, Path(folder))
+        run = Run(
+            recipe.paper,
+            parameters,
+            seed=seed,
+            scale=scale,
+            id=run_id,
+            artefacts=Path(folder),
+            recorder=line,
+            parallel=OnRay().map,
+        )
+        _work(recipe, run)
+
+
+class _Line:
+    """Sends what a run records to the process that has the store."""
+
+    def __init__(self, queue: Any, artefacts: Path) -> None:
+        self._queue, self._artefacts = queue, artefacts
+
+    def add(self, run_id: str, entry: Entry) -> None:
+        if isinstance(entry, Artefact) and entry.content is None:
+            entry = replace(entry, content=(self._artefacts / run_id / entry.path).read_bytes())
+        self._queue.put(entry)
+
+
+def _join(ray: Any, on: str) -> None:
+    options: dict[str, Any] = {"namespace": "paperworks", "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if on == "ray":
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        if on != "auto":
+            # Ray itself would try for half a minute.
+            place = urlsplit(on)
+            socket.create_connection((place.hostname or "", place.port or 10001), timeout=5).close()
+        ray.init(address=on, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at {on} ({error}); start one with `ray start --head`, set RAY_AUTH_MODE "
+            "and RAY_AUTH_TOKEN where it asks for a token, or leave --on out"
+        ) from error

@@ -1,0 +1,389 @@
+"""Recipes: functions that pit a method against its baseline, and how they are found and given options."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import pkgutil
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from functools import cache, partial
+from importlib.metadata import entry_points
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from paperworks.errors import UsageError
+
+if TYPE_CHECKING:
+    from paperworks.lab.run import Run
+
+_EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+_registry: dict[str, Recipe] = {}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One option of a recipe.
+
+    Args:
+        name: Name of the keyword parameter.
+        type: `int`, `float`, `bool`, `str`, a `Literal[...]` or an `Enum` class.
+        default: Its value at the default scale.
+        help: What it means, from the `Args` section of the recipe's docstring.
+
+    Example:
+        >>> Parameter("new_tokens", int, 128).parse("64")
+        64
+        >>> Parameter("law", Literal["greedy", "typical"], "greedy").choices
+        ('greedy', 'typical')
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str = ""
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values to choose from, empty where any value of the type will do."""
+        if get_origin(self.type) is Literal:
+            return get_args(self.type)
+        if isinstance(self.type, type) and issubclass(self.type, Enum):
+            return tuple(self.type)
+        return ()
+
+    def parse(self, value: object) -> Any:
+        """Turn a value, or its spelling on a command line or in a form, into one of this type.
+
+        Args:
+            value: A value of the type, or text that spells one. An `Enum` member is spelt by its value.
+
+        Raises:
+            UsageError: The value is not one of this type.
+
+        Example:
+            >>> Parameter("temperature", float, 1.0).parse("warm")
+            Traceback (most recent call last):
+            ...
+            paperworks.errors.UsageError: temperature takes a finite number, not 'warm'
+        """
+        if self.choices:
+            by_spelling = {str(_plain(choice)): choice for choice in self.choices}
+            spelling = str(_plain(value))
+            if spelling in by_spelling:
+                return by_spelling[spelling]
+            expected, near = f"one of {', '.join(by_spelling)}", _did_you_mean(spelling, by_spelling)
+        else:
+            try:
+                return _CONVERT[self.type](value)
+            except ValueError:
+                expected, near = _EXPECTED[self.type], ""
+        raise UsageError(f"{self.name} takes {expected}, not {value!r}{near}")
+
+
+def _whole_number(value: object) -> int:
+    if isinstance(value, str) or (isinstance(value, Integral) and not isinstance(value, bool)):
+        return int(value)
+    raise ValueError
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str) or (isinstance(value, Real) and not isinstance(value, bool)):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    raise ValueError
+
+
+def _truth(value: object) -> bool:
+    spelling = str(value).strip().lower()
+    if spelling not in _TRUE + _FALSE:
+        raise ValueError
+    return spelling in _TRUE
+
+
+def _text(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    if isinstance(value, str):
+        return value
+    raise ValueError
+
+
+_CONVERT: dict[type, Callable[[object], Any]] = {int: _whole_number, float: _number, bool: _truth, str: _text}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _did_you_mean(given: str, known: Iterable[str]) -> str:
+    near = get_close_matches(given, list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A function that measures a paper's method, with what the command line and the page need to offer it.
+
+    Made by the decorator `recipe`. Call it with a run to carry it out in this process;
+    `paperworks.lab.execute` does that and keeps the run in the store.
+
+    Args:
+        paper: Slug of the paper.
+        name: Name of the function.
+        summary: First line of its docstring.
+        baseline: What the method is compared with, in words.
+        parameters: The options, by name, without `seed`.
+        scales: For each scale the options that differ from the default one.
+        function: The function itself.
+        seeded: Whether the function takes the run's seed as `seed`.
+    """
+
+    paper: str
+    name: str
+    summary: str
+    baseline: str
+    parameters: dict[str, Parameter]
+    scales: dict[str, dict[str, Any]]
+    function: Callable[..., None]
+    seeded: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__doc__", self.function.__doc__)
+
+    def parse(self, options: Mapping[str, object]) -> dict[str, Any]:
+        """Turn options, as text or as values, into typed keyword arguments.
+
+        Args:
+            options: Values by name; a name may be written with hyphens, as on the command line.
+
+        Returns:
+            The same options, typed; those not given are left out.
+
+        Raises:
+            UsageError: A name is unknown or a value is not of its type.
+
+        Example:
+            >>> from paperworks.lab import Run
+            >>> def hydra(run: Run, new_tokens: int = 128, greedy: bool = True) -> None: ...
+            >>> _describe(hydra, paper="hydra").parse({"new-tokens": "64", "greedy": "no"})
+            {'new_tokens': 64, 'greedy': False}
+        """
+        parsed = {}
+        for given, value in options.items():
+            name = given.replace("-", "_")
+            if name not in self.parameters:
+                raise UsageError(
+                    f"{self.paper} has no option {given}{_did_you_mean(name, self.parameters) or ';'}"
+                    f" it takes {', '.join(self.parameters) or 'none'}"
+                )
+            try:
+                parsed[name] = self.parameters[name].parse(value)
+            except UsageError as error:
+                raise UsageError(f"{self.paper}: {error}") from None
+        return parsed
+
+    def resolve(self, options: Mapping[str, object] | None = None, scale: str = "default") -> dict[str, Any]:
+        """Give every parameter its value: the default, then what the scale says, then the options given.
+
+        Args:
+            options: As for `parse`.
+            scale: One of `scales`.
+
+        Raises:
+            UsageError: The scale or an option is unknown, or a value is not of its type.
+
+        Example:
+            >>> from paperworks.lab import Run
+            >>> def hydra(run: Run, new_tokens: int = 128, repeats: int = 5) -> None: ...
+            >>> described = _describe(hydra, paper="hydra", tiny={"new_tokens": 8, "repeats": 1})
+            >>> described.resolve({"repeats": 2}, "tiny")
+            {'new_tokens': 8, 'repeats': 2}
+        """
+        if scale not in self.scales:
+            raise UsageError(f"{self.paper} has no scale {scale!r}; choose one of {', '.join(self.scales)}")
+        defaults = {name: parameter.default for name, parameter in self.parameters.items()}
+        return defaults | self.scales[scale] | self.parse(options or {})
+
+    def plain(self, options: Mapping[str, object] | None = None, scale: str = "default") -> dict[str, Any]:
+        """Resolve the options to values that JSON holds: `Enum` members become their values."""
+        return {name: _plain(value) for name, value in self.resolve(options, scale).items()}
+
+    def __call__(self, run: Run, **options: object) -> None:
+        """Carry out the recipe in this process and let it record into the run.
+
+        Args:
+            run: The run to record into; its seed is handed to a function that takes `seed`.
+            **options: As for `parse`; the others keep their defaults.
+        """
+        seed = {"seed": run.seed} if self.seeded else {}
+        self.function(run, **self.resolve(options), **seed)
+
+
+def recipe(
+    paper: str,
+    *,
+    baseline: str = "",
+    tiny: Mapping[str, object] | None = None,
+    large: Mapping[str, object] | None = None,
+) -> Callable[[Callable[..., None]], Recipe]:
+    """Make a function the recipe of a paper.
+
+    The function takes a `Run` and keyword parameters, each with a type among `int`, `float`, `bool`, `str`,
+    `Literal` and `Enum` and with a default, which is its value at the default scale. A parameter `seed` is
+    filled with the run's seed. Heavy libraries are imported inside the function, so that listing stays quick.
+
+    Args:
+        paper: Slug of the paper.
+        baseline: What the method is compared with, in words.
+        tiny: Parameters that differ at scale `tiny`, which takes seconds.
+        large: Parameters that differ at scale `paper`, meant for a GPU.
+
+    Raises:
+        TypeError: A parameter has no default or a type that cannot become an option.
+        ValueError: A scale names no parameter, or another function is the recipe of this paper already.
+
+    Example:
+        >>> from paperworks.lab import Run
+        >>> @recipe(paper="dice", tiny={"throws": 6})
+        ... def dice(run: Run, throws: int = 600) -> None:
+        ...     '''Mean of a die.
+        ...
+        ...     Args:
+        ...         throws: How often it is thrown.
+        ...     '''
+        >>> dice.summary, dice.parameters["throws"].help, list(dice.scales)
+        ('Mean of a die.', 'How often it is thrown.', ['tiny', 'default'])
+    """
+
+    def register(function: Callable[..., None]) -> Recipe:
+        made = _describe(function, paper, baseline, tiny, large)
+        before = _registry.get(paper)
+        if before is not None and _where(before.function) != _where(function):
+            raise ValueError(
+                f"{paper} has the recipe {_where(before.function)} already; "
+                f"give {_where(function)} another paper"
+            )
+        _registry[paper] = made
+        return made
+
+    return register
+
+
+def _where(function: Callable[..., None]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _describe(
+    function: Callable[..., None],
+    paper: str,
+    baseline: str = "",
+    tiny: Mapping[str, object] | None = None,
+    large: Mapping[str, object] | None = None,
+) -> Recipe:
+    doc = inspect.getdoc(function) or ""
+    helps = _argument_helps(doc)
+    _, *options = inspect.signature(function).parameters.values()
+    types = get_type_hints(function)
+    parameters = {}
+    for option in options:
+        if option.name == "seed":
+            continue
+        kind = types.get(option.name)
+        parameter = Parameter(option.name, kind, option.default, helps.get(option.name, ""))
+        if option.default is option.empty or not (parameter.choices or kind in _CONVERT):
+            raise TypeError(
+                f"recipe {paper}: parameter {option.name} needs a default and a type among "
+                "int, float, bool, str, Literal and Enum"
+            )
+        parameter.parse(option.default)
+        parameters[option.name] = parameter
+    described = Recipe(
+        paper=paper,
+        name=function.__name__,
+        summary=doc.partition("\n")[0],
+        baseline=baseline,
+        parameters=parameters,
+        scales={},
+        function=function,
+        seeded="seed" in types,
+    )
+    for scale, values in (("tiny", tiny), ("default", {}), ("paper", large)):
+        if values is not None:
+            described.scales[scale] = described.parse(values)
+    return described
+
+
+def _argument_helps(doc: str) -> dict[str, str]:
+    helps: dict[str, str] = {}
+    name = ""
+    for line in doc.partition("\nArgs:\n")[2].splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+)(?: \([^)]*\))?: *(.*)", line):
+            name, helps[entry[1]] = entry[1], entry[2]
+        elif name and line.strip():
+            helps[name] += f" {line.strip()}"
+    return helps
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by the slug of their paper: those shipped here and those of installed plugins.
+
+    A package adds its own through the entry point group `paperworks.recipes`, each entry naming a recipe or a
+    module that defines some. One that cannot be imported is left out with a `RuntimeWarning`.
+
+    Example:
+        >>> all(slug == recipe.paper for slug, recipe in recipes().items())
+        True
+    """
+    _discover()
+    return dict(sorted(_registry.items()))
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module("paperworks.lab.recipes")
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None)
+    for module in found:
+        _load(f"the recipes in {module.name}", partial(importlib.import_module, module.name))
+    for entry in entry_points(group="paperworks.recipes"):
+        _load(f"the recipe plugin {entry.name} ({entry.value})", entry.load)
+
+
+def _load(what: str, load: Callable[[], object]) -> None:
+    try:
+        load()
+    except Exception as error:
+        warnings.warn(
+            f"{what} could not be loaded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+        )
+
+
+def find(paper: str) -> Recipe:
+    """The recipe of a paper.
+
+    Args:
+        paper: Slug of the paper, or whatever else `paperworks.papers.get` knows it by.
+
+    Raises:
+        UsageError: There is no such paper, or it has no recipe yet.
+    """
+    known = recipes()
+    if paper in known:
+        return known[paper]
+    from paperworks import papers
+
+    slug = papers.get(paper).slug
+    if slug not in known:
+        raise UsageError(f"{slug} is planned: it has no recipe yet; `paperworks list` shows what runs")
+    return known[slug]

@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, text, update
+from sqlalchemy.exc import IntegrityError
+
+from paperworks.errors import UsageError
+from paperworks.lab import Run, Store
+from paperworks.lab import store as module
+from paperworks.lab.run import Bar, Bars, Environment, Log, Measurement
+from paperworks.lab.store import SCHEMA, Base, RunRow
+
+
+@pytest.fixture
+def store(store_url, tmp_path):
+    with Store(store_url, artefacts=tmp_path / "artefacts") as opened:
+        yield opened
+
+
+def begun(store: Store, paper: str = "hydra", **options) -> Run:
+    run = Run(paper, recorder=store, artefacts=store.artefacts, **options)
+    store.begin(run)
+    return run
+
+
+def ended(store: Store, run: Run, status: str = "finished") -> Run:
+    run.status = status
+    store.end(run)
+    return run
+
+
+def test_a_run_comes_back_as_it_was(store):
+    run = begun(
+        store, parameters={"new_tokens": 64, "model": "smollm2-135m", "greedy": True}, seed=5, scale="tiny"
+    )
+    run.keep(Environment({"python": "3.11", "packages": {"torch": "2.13"}}))
+    run.record("perplexity", 12.5, unit="bits", better="lower", series="Hydra")
+    run.keep(Measurement("speed-up", 1.5, "x", "higher", "Hydra", 1.4, 1.6, [1.4, 1.6], "plain"))
+    run.log("a message with ünïcode and\na second line")
+    (run.artefact_folder / "notes.txt").write_text("kept")
+    run.keep_files()
+    run.error, run.traceback = "ValueError: no", "Traceback ..."
+    ended(store, run, "failed")
+    back = store.run(run.id)
+    for name in ("id", "paper", "parameters", "seed", "scale", "status", "environment", "error", "traceback"):
+        assert getattr(back, name) == getattr(run, name), name
+    assert back.measurements == run.measurements
+    assert back.logs == run.logs
+    assert back.artefacts == run.artefacts and back.artefacts["notes.txt"].read_text() == "kept"
+    assert back.started == run.started
+    assert back.finished is not None and back.finished >= back.started
+
+
+def test_a_record_is_there_for_others_at_once(store, store_url):
+    run = begun(store)
+    with Store(store_url) as other:
+        assert other.run(run.id).status == "running"
+        run.record("tokens", 1, better="higher")
+        assert [m.value for m in other.run(run.id).measurements] == [1]
+        store.add(run.id, Bars((Bar(1, "training", 3, 4),)))
+        assert other.run(run.id).bars == (Bar(1, "training", 3, 4),)
+        ended(store, run)
+        assert other.run(run.id).bars == ()
+
+
+def test_runs_are_listed_newest_first_and_chosen_by_paper_and_status(store):
+    first = ended(store, begun(store, "hydra"))
+    second = ended(store, begun(store, "chimera"), "failed")
+    third = ended(store, begun(store, "hydra"), "failed")
+    fourth = begun(store, "hydra")
+    assert [run.id for run in store.runs()] == [run.id for run in (fourth, third, second, first)]
+    assert [run.id for run in store.runs("hydra")] == [fourth.id, third.id, first.id]
+    assert [run.id for run in store.runs(status="failed")] == [third.id, second.id]
+    assert [run.id for run in store.runs("hydra", "running")] == [fourth.id]
+    assert [run.id for run in store.runs(limit=2)] == [fourth.id, third.id]
+    assert store.runs("no-such-paper") == []
+
+
+def test_the_latest_run_is_the_newest_that_finished(store):
+    assert store.latest("hydra") is None
+    finished = ended(store, begun(store))
+    ended(store, begun(store), "failed")
+    assert store.latest("hydra").id == finished.id
+
+
+def test_an_unknown_run_is_refused(store):
+    with pytest.raises(UsageError, match="there is no run 'nobody'"):
+        store.run("nobody")
+
+
+def test_an_entry_of_an_unknown_run_is_refused(store):
+    with pytest.raises(IntegrityError):
+        store.add("nobody", Log("message", 0.0))
+
+
+def test_a_run_whose_process_is_gone_is_interrupted(store, store_url):
+    run = begun(store)
+    run.record("tokens", 1, better="higher")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    _set(store_url, pid=gone.pid)
+    back = store.run(run.id)
+    assert back.status == "interrupted" and "process ended" in back.error
+    assert [m.value for m in back.measurements] == [1]
+    assert back.finished is not None
+
+
+def test_a_process_that_was_given_the_number_of_another_is_another(store, store_url):
+    begun(store)
+    assert store.runs()[0].status == "running"
+    _set(store_url, process_started=psutil.Process().create_time() - 100)
+    assert store.runs()[0].status == "interrupted"
+
+
+def test_a_run_of_another_host_is_interrupted_when_its_heart_has_stopped(store, store_url):
+    begun(store)
+    _set(store_url, host=platform.node() + "-else", pid=2**22 + 1, heartbeat=time.time() - 50)
+    assert store.runs()[0].status == "running"
+    _set(store_url, heartbeat=time.time() - 70)
+    assert store.runs()[0].status == "interrupted"
+
+
+def test_a_heartbeat_keeps_a_run_of_another_host_running(store, store_url):
+    run = begun(store)
+    _set(store_url, host="elsewhere", heartbeat=time.time() - 70)
+    store.beat(run.id)
+    assert store.runs()[0].status == "running"
+
+
+def test_a_run_that_ends_after_all_is_finished(store, store_url):
+    run = begun(store)
+    _set(store_url, host="elsewhere", heartbeat=time.time() - 70)
+    assert store.runs()[0].status == "interrupted"
+    run.status = "finished"
+    store.end(run)
+    assert (store.runs()[0].status, store.runs()[0].error) == ("finished", None)
+
+
+def _record_200(url: str, start: float) -> None:
+    with Store(url) as store:
+        run = begun(store)
+        time.sleep(max(0.0, start - time.time()))
+        for step in range(200):
+            run.record("step", step, better="higher")
+        ended(store, run)
+
+
+def test_two_processes_write_at_once_and_nothing_is_lost(store_url):
+    context = multiprocessing.get_context("spawn")
+    start = time.time() + 3
+    writers = [context.Process(target=_record_200, args=(store_url, start)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    with Store(store_url) as store:
+        assert len(store.runs()) == 2
+        for run in store.runs():
+            assert run.status == "finished"
+            assert [m.value for m in run.measurements] == list(range(200))
+
+
+def test_processes_that_open_an_empty_store_at_once_make_it_once(store_url):
+    code = (
+        "import sys, time; from paperworks.lab import Store; "
+        "time.sleep(max(0, float(sys.argv[2]) - time.time())); Store(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, store_url, str(time.time() + 2)]
+    openers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    errors = [opener.communicate()[1] for opener in openers]
+    assert [opener.returncode for opener in openers] == [0] * 4, errors
+    with Store(store_url) as store:
+        assert store.runs() == []
+
+
+def test_the_migrations_build_what_the_models_say(store_url):
+    Store(store_url).close()
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+        assert context.get_current_revision() == SCHEMA
+    engine.dispose()
+
+
+def test_the_schema_is_the_newest_migration():
+    config = Config()
+    config.set_main_option("script_location", str(Path(module.__file__).parent / "migrations"))
+    assert ScriptDirectory.from_config(config).get_current_head() == SCHEMA
+
+
+def test_upgrading_a_store_at_the_first_revision_keeps_its_rows(store_url, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SCHEMA", "0001")
+    with Store(store_url) as old:
+        run = begun(old)
+        run.record("tokens", 7, better="higher")
+        ended(old, run)
+    _add_migration_of_tomorrow(tmp_path, monkeypatch)
+    with Store(store_url) as upgraded:
+        back = upgraded.run(run.id)
+        assert (back.status, [m.value for m in back.measurements]) == ("finished", [7])
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT mood FROM runs")) == "curious"
+        assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "tomorrow"
+    engine.dispose()
+
+
+def test_a_store_of_a_newer_paperworks_is_refused_and_left_alone(store_url):
+    with Store(store_url) as store:
+        ended(store, begun(store))
+    engine = create_engine(store_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(
+        UsageError, match=r"written by a newer paperworks \(schema 9999\); pip install --upgrade"
+    ):
+        Store(store_url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM runs")) == 1
+    engine.dispose()
+
+
+def test_a_server_that_does_not_answer_is_one_sentence_without_the_password():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(UsageError) as refused:
+        Store(f"postgresql+psycopg://ann:s3cret@127.0.0.1:{port}/runs?sslpassword=t0p")
+    assert time.monotonic() - started < 30
+    message = str(refused.value)
+    assert message.startswith(f"the store postgresql+psycopg://ann:***@127.0.0.1:{port}/runs")
+    assert "does not answer" in message and "PAPERWORKS_STORE" in message
+    assert "s3cret" not in message and "t0p" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("runs.db", "the store's URL 'runs.db' is not one"),
+        ("postgres//ann:s3cret@host", r"the store's URL 'postgres//ann:\*\*\*@host' is not one"),
+        ("mysql://ann:s3cret@host/runs", r"mysql://ann:\*\*\*@host/runs is of a kind unknown here"),
+        ("sqlite://", "is no file"),
+        ("sqlite:///:memory:", "is no file"),
+        ("postgresql+psycopg://host:port/runs", "is not one"),
+    ],
+)
+def test_a_url_that_names_no_store_is_refused(url, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        Store(url)
+    assert "give sqlite:////path/to/runs.db or postgresql+psycopg://" in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_a_store_that_needs_a_missing_driver_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'pip install "psycopg\[binary\]"'):
+        Store("postgresql://localhost/runs")
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
+    file = tmp_path / "runs.db"
+    file.write_text("my diary, nothing to do with databases. " * 50)
+    with pytest.raises(UsageError, match=r"does not answer \(file is not a database\)"):
+        Store(file)
+    assert file.read_text().startswith("my diary")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        Store(tmp_path / "file" / "folder" / "runs.db")
+
+
+def test_a_store_that_goes_away_is_one_sentence(tmp_path):
+    store = Store(tmp_path / "runs.db")
+    run = begun(store)
+    with sqlite3.connect(tmp_path / "runs.db") as connection:
+        connection.execute("DROP TABLE measurements")
+    with pytest.raises(UsageError, match="does not answer"):
+        run.record("tokens", 1, better="higher")
+
+
+def test_the_default_store_is_what_the_environment_says_or_in_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERWORKS_STORE", f"sqlite:///{tmp_path}/chosen.db")
+    assert Store().url == f"sqlite:///{tmp_path}/chosen.db"
+    monkeypatch.delenv("PAPERWORKS_STORE")
+    monkeypatch.setattr(module, "user_data_path", lambda name: tmp_path / "data" / name)
+    store = Store()
+    assert store.url == f"sqlite:///{tmp_path}/data/paperworks/runs.db"
+    assert store.artefacts == tmp_path / "data" / "paperworks" / "artefacts"
+
+
+def _set(url: str, **values: object) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(update(RunRow).values(**values))
+    engine.dispose()
+
+
+def _add_migration_of_tomorrow(tmp_path, monkeypatch) -> None:
+    import shutil
+
+    folder = tmp_path / "100 % migrations"
+    shutil.copytree(Path(module.__file__).parent / "migrations", folder)
+    (folder / "versions" / "9999_tomorrow.py").write_text(
+        "import sqlalchemy as sa\n"
+        "from alembic import op\n"
+        f"revision, down_revision = 'tomorrow', {SCHEMA!r}\n"
+        "def upgrade():\n"
+        "    op.add_column('runs', sa.Column('mood', sa.String(), server_default='curious'))\n"
+    )
+    monkeypatch.setattr(module, "_MIGRATIONS", folder)
+    monkeypatch.setattr(module, "SCHEMA", "tomorrow")
