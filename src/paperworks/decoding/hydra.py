@@ -118,11 +118,11 @@ class Hydra(Drafter):
             "state_weight": state_weight,
             "noise": noise,
         }
-        self.tree = TreeShape(tree) if tree is not None else TreeShape.best(_PRIOR[:heads], 63)
         self.register_buffer("vocabulary", vocabulary)
         self.heads = nn.ModuleList(
             _Head((i + 2) * size if self.conditioned else size, size, layers, dropout) for i in range(heads)
         )
+        self.tree = TreeShape(tree) if tree is not None else TreeShape.best(_PRIOR[:heads], 63)
         self.prefix = DraftLayer(target) if prefix_layer else None
         self.scorers: nn.ModuleList | None = None
         if not tie_lm_head:
@@ -148,9 +148,10 @@ class Hydra(Drafter):
 
     @tree.setter
     def tree(self, tree: TreeShape) -> None:
-        heads = len(self.heads) if hasattr(self, "heads") else tree.depth
-        if tree.depth > heads:
-            raise ValueError(f"the tree is {tree.depth} deep but there are {heads} heads: use at most one level a head")
+        if tree.depth > len(self.heads):
+            raise ValueError(
+                f"the tree is {tree.depth} deep but there are {len(self.heads)} heads: use at most one level a head"
+            )
         self._tree = tree
 
     @property

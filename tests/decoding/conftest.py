@@ -1,0 +1,109 @@
+"""Tiny models of every supported family, and exhaustive enumeration of what a decoder may do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from paperworks.decoding import Hydra, Medusa, generate
+from paperworks.decoding.drafter import Drafter
+
+SIZES = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+FAMILIES = {
+    "llama": lambda vocab: LlamaConfig(vocab_size=vocab, **SIZES),
+    "qwen2": lambda vocab: Qwen2Config(vocab_size=vocab, **SIZES),
+    "qwen3": lambda vocab: Qwen3Config(vocab_size=vocab, **SIZES),
+    "gemma3": lambda vocab: Gemma3TextConfig(
+        vocab_size=vocab, sliding_window=6, layer_types=["sliding_attention", "full_attention"], **SIZES
+    ),
+}
+TREE = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    "medusa": lambda model: Medusa.from_target(model, heads=3, tree=TREE),
+    "hydra": lambda model: Hydra.from_target(model, heads=3, tree=TREE, tie_lm_head=False),
+    "hydra++": lambda model: Hydra.from_target(model, heads=3, tree=TREE, layers=3, prefix_layer=True),
+}
+
+
+def make_model(family: str = "llama", vocab: int = 40, dtype: torch.dtype = torch.float64, implementation: str = "sdpa"):
+    """A random model of a family whose law is far from uniform."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](vocab), attn_implementation=implementation)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.to(dtype).eval()
+
+
+def scramble(drafter: Drafter) -> Drafter:
+    """Random weights, so that drafts vary and are mostly wrong."""
+    torch.manual_seed(11)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return drafter.eval()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def prompt() -> Tensor:
+    return torch.tensor([[3, 1, 2, 0, 2]])
+
+
+def enumerate_law(run: Callable[[], Hashable], monkeypatch: pytest.MonkeyPatch) -> dict[Hashable, float]:
+    """The exact law of what `run` returns, by running it once for every sequence of random choices it can make."""
+    law: dict[Hashable, float] = defaultdict(float)
+    pending: list[tuple[int, ...]] = [()]
+    while pending:
+        given, made, chance = pending.pop(), [], [1.0]
+
+        def choose(probabilities: Tensor, generator: object = None) -> Tensor:
+            flat = probabilities.reshape(-1).tolist()
+            assert len(flat) == probabilities.shape[-1], "one row at a time"
+            if len(made) < len(given):
+                choice = given[len(made)]
+            else:
+                choice, *others = (index for index, p in enumerate(flat) if p > 0)
+                pending.extend((*made, other) for other in others)
+            made.append(choice)
+            chance[0] *= flat[choice]
+            return torch.full(probabilities.shape[:-1], choice)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("paperworks.decoding.acceptance.draw", choose)
+            law[run()] += chance[0]
+    assert abs(sum(law.values()) - 1) < 1e-12
+    return law
+
+
+def model_law(model: torch.nn.Module, prompt: Tensor, tokens: int) -> dict[tuple[int, ...], float]:
+    """The model's own law of the next `tokens` tokens, by forward passes over every continuation."""
+    law = {(): 1.0}
+    for _ in range(tokens):
+        longer = {}
+        for past, chance in law.items():
+            ids = torch.cat([prompt, torch.tensor([past], dtype=torch.long)], dim=1)
+            with torch.no_grad():
+                probabilities = model(ids).logits[0, -1].softmax(-1).tolist()
+            longer |= {(*past, token): chance * p for token, p in enumerate(probabilities)}
+        law = longer
+    return law
+
+
+def distance(one: dict, other: dict) -> float:
+    """Largest difference of probability."""
+    return max(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other})
+
+
+def output(model: torch.nn.Module, prompt: Tensor, **options: object) -> tuple[int, ...]:
+    return tuple(generate(model, prompt, eos_token_id=[], **options).new_tokens[0])
