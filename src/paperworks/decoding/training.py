@@ -175,7 +175,7 @@ def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     model: nn.Module,
     written: Sequence[tuple[Sequence[int], Sequence[int]]],
