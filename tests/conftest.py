@@ -79,9 +79,7 @@ def _postgresql_programs() -> Path | None:
     found = shutil.which("initdb")
     folders = [Path(found).parent] if found else []
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next(
-        (folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None
-    )
+    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

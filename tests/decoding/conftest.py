@@ -33,7 +33,9 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
 }
 
 
-def make_model(family: str = "llama", vocab: int = 40, dtype: torch.dtype = torch.float64, implementation: str = "sdpa"):
+def make_model(
+    family: str = "llama", vocab: int = 40, dtype: torch.dtype = torch.float64, implementation: str = "sdpa"
+):
     """A random model of a family whose law is far from uniform."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](vocab), attn_implementation=implementation)

@@ -35,9 +35,7 @@ def test_output_law_is_the_targets_by_enumeration(name, monkeypatch):
     drafter = scramble(DRAFTERS[name](model))
     if name == "hydra":
         drafter.tree = type(drafter.tree)([(0,), (1,), (0, 0), (1, 1)])
-    law = enumerate_law(
-        lambda: output(model, prompt, drafter=drafter, max_new_tokens=3, temperature=1.0), monkeypatch
-    )
+    law = enumerate_law(lambda: output(model, prompt, drafter=drafter, max_new_tokens=3, temperature=1.0), monkeypatch)
     assert distance(law, model_law(model, prompt, 3)) < 1e-12
 
 
@@ -86,7 +84,14 @@ def test_saved_and_loaded_drafter_drafts_the_same(name, model, prompt, tmp_path)
 def test_same_seed_same_samples(name, model, prompt):
     drafter = scramble(DRAFTERS[name](model))
     texts = [
-        output(model, prompt, drafter=drafter, max_new_tokens=20, temperature=5.0, generator=torch.Generator().manual_seed(seed))
+        output(
+            model,
+            prompt,
+            drafter=drafter,
+            max_new_tokens=20,
+            temperature=5.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]

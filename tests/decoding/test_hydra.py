@@ -86,7 +86,9 @@ def test_a_drafted_ancestor_changes_its_own_branch_only(model, prompt):
     target = Target(model)
     committed = Committed(prompt, states_of(model, prompt), [5])
     shape, conditions = drafter.tree, []
-    hooks = [head.register_forward_hook(lambda module, args, output: conditions.append(args[0])) for head in drafter.heads]
+    hooks = [
+        head.register_forward_hook(lambda module, args, output: conditions.append(args[0])) for head in drafter.heads
+    ]
     with torch.no_grad():
         drafter.propose(drafter.start(target, 1, Sampling()), committed, torch.tensor([4]))
     for hook in hooks:
@@ -241,6 +243,15 @@ def test_training_on_own_text_raises_accuracy_and_acceptance():
     assert len(drafter.tree) == 5
 
 
+def test_training_leaves_the_target_alone():
+    model = make_model(dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    drafter = Hydra.from_target(model, heads=2, tree=[(0,)], prefix_layer=True, label_weight=1.0)
+    train_drafter(drafter, model, collect(model, [([1], [2, 3, 4, 5, 6])]))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_collect_gives_the_states_of_each_sequence_alone():
     model = make_model(dtype=torch.float32)
     written = [([1, 2], [3, 4, 5]), ([7], [8, 9])]
@@ -274,7 +285,13 @@ class Words:
 def test_text_is_written_through_the_chat_template():
     model = make_model(dtype=torch.float32)
     pairs = self_written(
-        model, Words(), tokens=30, answer_tokens=8, question_tokens=4, batch_size=5, generator=torch.Generator().manual_seed(0)
+        model,
+        Words(),
+        tokens=30,
+        answer_tokens=8,
+        question_tokens=4,
+        batch_size=5,
+        generator=torch.Generator().manual_seed(0),
     )
     assert sum(len(answer) for _, answer in pairs) >= 30
     for context, answer in pairs:
@@ -309,9 +326,7 @@ def test_loading_what_is_not_a_drafter_says_so(model, tmp_path):
 
 def test_loading_for_another_model_says_so(model, tmp_path):
     Hydra.from_target(model, heads=1, tree=[(0,)]).save_pretrained(tmp_path)
-    config = LlamaConfig(
-        hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
-    )
+    config = LlamaConfig(hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
     with pytest.raises(ValueError, match="made for another model"):
         Hydra.from_pretrained(tmp_path, LlamaForCausalLM(config))
 

@@ -75,8 +75,7 @@ def test_options_may_be_text_and_a_recipe_a_slug(coin, store):
 
 def test_the_same_seed_gives_the_same_outcomes(coin, tmp_path):
     texts = [
-        execute(coin, seed=seed, store=tmp_path / "runs.db").artefacts["outcomes.txt"].read_text()
-        for seed in (1, 1, 2)
+        execute(coin, seed=seed, store=tmp_path / "runs.db").artefacts["outcomes.txt"].read_text() for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
 
@@ -158,9 +157,7 @@ execute(sleeper, store=sys.argv[1])
 def test_a_killed_run_is_interrupted_and_what_it_had_recorded_is_there(store_url, tmp_path):
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER)
-    with subprocess.Popen(
-        [sys.executable, str(script), store_url], stdout=subprocess.PIPE, text=True
-    ) as sleeper:
+    with subprocess.Popen([sys.executable, str(script), store_url], stdout=subprocess.PIPE, text=True) as sleeper:
         assert sleeper.stdout.readline() == "recorded\n"
         with Store(store_url) as store:
             assert store.runs()[0].status == "running"

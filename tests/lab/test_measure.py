@@ -173,9 +173,7 @@ def test_an_accelerator_is_waited_for_before_and_after_each_call(monkeypatch):
 
 def test_work_becomes_speed():
     assert Timing([[2.0, 4.0]], [[10.0, 10.0]]).speed == [[5.0, 2.5]]
-    timings = time_in_turn(
-        {"a": lambda item: item, "b": lambda item: np.float32(2 * item)}, over=[1, 3], repeats=1
-    )
+    timings = time_in_turn({"a": lambda item: item, "b": lambda item: np.float32(2 * item)}, over=[1, 3], repeats=1)
     assert timings["a"].work == [[1.0, 3.0]] and timings["b"].work == [[2.0, 6.0]]
     silent = time_in_turn({"a": lambda: True, "b": lambda: "text"}, repeats=1)
     assert silent["a"].work is None

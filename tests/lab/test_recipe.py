@@ -24,9 +24,7 @@ class Law(Enum):
 
 @pytest.fixture
 def everything(registry):
-    @recipe(
-        paper="everything", baseline="nothing", tiny={"steps": "2", "law": "typical"}, large={"steps": 900}
-    )
+    @recipe(paper="everything", baseline="nothing", tiny={"steps": "2", "law": "typical"}, large={"steps": 900})
     def everything(
         run: Run,
         steps: int = 100,
@@ -118,9 +116,7 @@ def test_a_bad_value_is_refused_with_the_cure(everything, name, text, message):
 
 
 def test_an_unknown_option_is_refused_with_close_matches(everything):
-    with pytest.raises(
-        UsageError, match=r"everything has no option step; did you mean steps.*it takes steps, rate"
-    ):
+    with pytest.raises(UsageError, match=r"everything has no option step; did you mean steps.*it takes steps, rate"):
         everything.parse({"step": 1})
     with pytest.raises(UsageError, match="everything has no option zzz; it takes steps, rate"):
         everything.parse({"zzz": 1})
@@ -224,9 +220,7 @@ def test_modules_are_found_in_their_rooms_and_a_broken_one_is_a_warning(registry
     (room / "shards.py").write_text("raise OSError('broken on purpose')\n")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     module._discover.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match=r"playroom\.shards could not be loaded: OSError: broken on purpose"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"playroom\.shards could not be loaded: OSError: broken on purpose"):
         found = recipes()
     assert found["marble"].summary == "Marbles."
     for name in [name for name in sys.modules if ".recipes.playroom" in name]:
@@ -235,23 +229,16 @@ def test_modules_are_found_in_their_rooms_and_a_broken_one_is_a_warning(registry
 
 def test_plugins_are_found_by_entry_point_and_a_broken_one_is_a_warning(registry, tmp_path, monkeypatch):
     (tmp_path / "paperworks_plugin_for_test.py").write_text(
-        "from paperworks.lab import Run, recipe\n"
-        "@recipe(paper='kite')\n"
-        "def kite(run: Run) -> None:\n"
-        "    '''Kites.'''\n"
+        "from paperworks.lab import Run, recipe\n@recipe(paper='kite')\ndef kite(run: Run) -> None:\n    '''Kites.'''\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     entries = [
         EntryPoint("torn", "paperworks_plugin_that_is_not_there", "paperworks.recipes"),
         EntryPoint("kite", "paperworks_plugin_for_test:kite", "paperworks.recipes"),
     ]
-    monkeypatch.setattr(
-        module, "entry_points", lambda group: entries if group == "paperworks.recipes" else []
-    )
+    monkeypatch.setattr(module, "entry_points", lambda group: entries if group == "paperworks.recipes" else [])
     module._discover.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match="the recipe plugin torn .* could not be loaded: ModuleNotFoundError"
-    ):
+    with pytest.warns(RuntimeWarning, match="the recipe plugin torn .* could not be loaded: ModuleNotFoundError"):
         assert "kite" in recipes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

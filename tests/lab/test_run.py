@@ -80,9 +80,7 @@ def test_a_ratio_is_recorded_with_its_interval(run):
 
 
 def test_the_interval_depends_on_the_seed_of_the_run(tmp_path):
-    samples = dict(
-        zip(("method", "baseline"), np.random.default_rng(0).gamma(3, 1, size=(2, 20)), strict=True)
-    )
+    samples = dict(zip(("method", "baseline"), np.random.default_rng(0).gamma(3, 1, size=(2, 20)), strict=True))
     first, again, other = (Run("hydra", seed=seed).ratio("x", **samples) for seed in (1, 1, 2))
     assert first == again and first != other
 
@@ -183,9 +181,7 @@ def test_progress_from_several_threads_loses_no_step(run):
         assert bar.bar.done == 4000
 
 
-def test_the_recorder_hears_of_progress_once_a_second_and_when_work_begins_or_ends(
-    run, notebook, monkeypatch
-):
+def test_the_recorder_hears_of_progress_once_a_second_and_when_work_begins_or_ends(run, notebook, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("paperworks.lab.run.time.monotonic", lambda: now[0])
     with run.progress(100, "training") as bar:

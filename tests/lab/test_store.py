@@ -44,9 +44,7 @@ def ended(store: Store, run: Run, status: str = "finished") -> Run:
 
 
 def test_a_run_comes_back_as_it_was(store):
-    run = begun(
-        store, parameters={"new_tokens": 64, "model": "smollm2-135m", "greedy": True}, seed=5, scale="tiny"
-    )
+    run = begun(store, parameters={"new_tokens": 64, "model": "smollm2-135m", "greedy": True}, seed=5, scale="tiny")
     run.keep(Environment({"python": "3.11", "packages": {"torch": "2.13"}}))
     run.record("perplexity", 12.5, unit="bits", better="lower", series="Hydra")
     run.keep(Measurement("speed-up", 1.5, "x", "higher", "Hydra", 1.4, 1.6, [1.4, 1.6], "plain"))
@@ -227,9 +225,7 @@ def test_a_store_of_a_newer_paperworks_is_refused_and_left_alone(store_url):
     engine = create_engine(store_url)
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(
-        UsageError, match=r"written by a newer paperworks \(schema 9999\); pip install --upgrade"
-    ):
+    with pytest.raises(UsageError, match=r"written by a newer paperworks \(schema 9999\); pip install --upgrade"):
         Store(store_url)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM runs")) == 1

@@ -168,7 +168,9 @@ class Typical:
         log_law = law.clamp(min=torch.finfo(law.dtype).tiny).log()
         threshold = (self.alpha * (law * log_law).sum(-1).exp()).clamp(max=self.epsilon)
         parents = tree.parents.clamp(min=0)
-        chance = law.gather(1, parents[..., None].expand(-1, -1, law.shape[-1])).gather(2, tree.tokens[..., None])[..., 0]
+        chance = law.gather(1, parents[..., None].expand(-1, -1, law.shape[-1])).gather(2, tree.tokens[..., None])[
+            ..., 0
+        ]
         log_chance = chance.clamp(min=torch.finfo(law.dtype).tiny).log().masked_fill(tree.parents < 0, 0.0)
         score = (tree.ancestors * log_chance[:, None]).sum(-1)
         accepted = longest_path(tree, chance > threshold.gather(1, parents), score)

@@ -31,7 +31,9 @@ class _TreeLayer(CacheLayerMixin):
             new[:, :, : old.shape[2]] = old
         return new
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write new states behind each row's committed length; return everything up to the longest row's end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -89,7 +89,9 @@ class Drafter(nn.Module, ABC):
         """Write `config.json` and `model.safetensors` into `folder`, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
+        )
         (folder / "config.json").write_text(json.dumps({"class": type(self).__name__, **self.config}, indent=2) + "\n")
 
     @classmethod

@@ -186,7 +186,11 @@ def stream(
     yield new
     while any(remaining):
         clock.lap()
-        tree = drafter.propose(state, committed, root, generator) if drafter is not None else TokenTree.chain(root[:, None])
+        tree = (
+            drafter.propose(state, committed, root, generator)
+            if drafter is not None
+            else TokenTree.chain(root[:, None])
+        )
         # A last token needs no draft behind it.
         tree = tree.up_to(max(remaining) - 1)
         statistics.drafting_seconds += clock.lap()

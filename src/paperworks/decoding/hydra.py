@@ -166,16 +166,16 @@ class Hydra(Drafter):
         }
 
     class State(NamedTuple):
-        """Of one generation: the target's embedding, its head's rows and the prefix layer's cache."""
+        """Of one generation: the target, rows of its head, and the prefix layer's cache."""
 
-        embed: nn.Module
+        target: Target
         rows: Tensor | None
         cache: TreeCache | None
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """Look up the rows of the target's head that score drafts."""
         rows = target.head_rows(self.vocabulary) if self.scorers is None else None
-        return self.State(target.embed, rows, self.prefix.new_cache(batch) if self.prefix is not None else None)
+        return self.State(target, rows, self.prefix.new_cache(batch) if self.prefix is not None else None)
 
     def propose(
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
@@ -189,7 +189,7 @@ class Hydra(Drafter):
         tokens = root.new_zeros(len(root), len(self.tree))
         tokens[:, 0] = root
         embedded = h.new_zeros(*tokens.shape, h.shape[-1])
-        embedded[:, :1] = state.embed(tokens[:, :1])
+        embedded[:, :1] = state.target.embed(tokens[:, :1])
         for head, level in enumerate(self.tree.levels):
             paths = level.paths.to(root.device)
             z = h[:, None].expand(-1, len(paths) if self.conditioned else 1, -1)
@@ -203,7 +203,7 @@ class Hydra(Drafter):
             span = slice(level.first_child, level.first_child + children.shape[1])
             tokens[:, span] = children
             if self.conditioned:
-                embedded[:, span] = state.embed(children)
+                embedded[:, span] = state.target.embed(children)
         return self.tree.tree(tokens)
 
     def _scores(self, head: int, u: Tensor, rows: Tensor | None) -> Tensor:

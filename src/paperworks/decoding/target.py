@@ -33,7 +33,9 @@ class Target:
         config: Any = getattr(model, "config", None)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if config is None or head is None or config.is_encoder_decoder:
-            raise TypeError(f"expected a transformers causal language model with an output head, got {type(model).__name__}")
+            raise TypeError(
+                f"expected a transformers causal language model with an output head, got {type(model).__name__}"
+            )
         self.config = config.get_text_config()
         implementation = self.config._attn_implementation
         kinds = set(getattr(self.config, "layer_types", None) or {"full_attention"})
@@ -50,7 +52,7 @@ class Target:
         self.model = model
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
         self.head: nn.Module = head
-        self.embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self.embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         self.windowed = bool(kinds & _WINDOWED)
         self.window: int | None = getattr(self.config, "sliding_window", None) if self.windowed else None
         self.context = int(getattr(self.config, "max_position_embeddings", 0)) or None
@@ -64,12 +66,12 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where the model's embedding lies."""
-        return self.embed.weight.device  # type: ignore[union-attr,return-value]
+        return self.embedding.weight.device  # type: ignore[union-attr,return-value]
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's floating-point type."""
-        return self.embed.weight.dtype  # type: ignore[union-attr,return-value]
+        return self.embedding.weight.dtype  # type: ignore[union-attr,return-value]
 
     @property
     def hidden_size(self) -> int:
@@ -123,9 +125,15 @@ class Target:
         return self._forward(tree.tokens, cache, positions, None if plain else self._mask(tree, cache.lengths), 0)
 
     def head_rows(self, vocabulary: Tensor | None = None) -> Tensor:
-        """The head's weight, (vocab, d), or only its rows for the tokens of `vocabulary`."""
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        """The head's weight, (vocab, d), or only its rows for the tokens of `vocabulary`; without gradient."""
+        weight: Tensor = self.head.weight.detach()  # type: ignore[union-attr,operator]
         return weight if vocabulary is None else weight[vocabulary]
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (..., d) of token ids, without gradient: the target is frozen."""
+        embedded: Tensor = self.embedding(tokens)
+        return embedded
 
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Scores of states (..., d) by the head, or by some `head_rows` of it, capped as the model caps them."""
@@ -147,7 +155,9 @@ class Target:
             logits_to_keep=keep,
         )
         if not getattr(cache.layers[0], "is_initialized", False) or not self._seen:
-            raise ValueError(f"{type(self.model).__name__} did not use the key-value cache it was given: no tree decoding")
+            raise ValueError(
+                f"{type(self.model).__name__} did not use the key-value cache it was given: no tree decoding"
+            )
         return output.logits, self._seen.pop()
 
     def _mask(self, tree: TokenTree, lengths: list[int]) -> Any:

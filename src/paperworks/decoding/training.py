@@ -358,9 +358,7 @@ def rank_accuracy(
     return torch.stack([hit / max(1, count) for hit, count in zip(hits, seen, strict=True)]).double()
 
 
-def fit_tree(
-    drafter: DraftHeads, model: nn.Module, held_out: DraftingData, *, nodes: int, ranks: int = 10
-) -> Tensor:
+def fit_tree(drafter: DraftHeads, model: nn.Module, held_out: DraftingData, *, nodes: int, ranks: int = 10) -> Tensor:
     """Give `drafter` the tree of `nodes` drafted nodes that should be accepted furthest; returns the rank accuracy."""
     accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks)
     drafter.tree = TreeShape.best(accuracy, nodes)

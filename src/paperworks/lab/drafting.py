@@ -24,9 +24,7 @@ def cpu_friendly_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def prompt_ids(
-    model: str, prompts: str, count: int, *, dtype: torch.dtype
-) -> tuple[Any, Any, list[torch.Tensor]]:
+def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> tuple[Any, Any, list[torch.Tensor]]:
     """The model, its tokenizer, and `count` prompts as (1, length) token ids through its chat template."""
     import torch
 

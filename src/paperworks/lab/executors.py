@@ -120,9 +120,7 @@ def _execute(
     return run
 
 
-def _end(
-    run: Run, status: Status, exception: BaseException | None = None, sentence: str | None = None
-) -> None:
+def _end(run: Run, status: Status, exception: BaseException | None = None, sentence: str | None = None) -> None:
     run.status, run.finished, run.bars = status, datetime.now(UTC), ()
     run.exception, run.error = exception, sentence
     if exception is not None:
@@ -171,9 +169,7 @@ class Executor(Protocol):
     def work(self, recipe: Recipe, run: Run) -> None:
         """Carry out the recipe and have all it records kept by the run."""
 
-    def map(
-        self, function: Callable[[Any], Any], items: Sequence[Any], advance: Callable[[], None] = ...
-    ) -> list[Any]:
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], advance: Callable[[], None] = ...) -> list[Any]:
         """Apply a function to every item and return the results in order."""
 
 
@@ -282,9 +278,7 @@ def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-def _work_there(
-    recipe: Recipe, parameters: dict[str, Any], seed: int, scale: str, run_id: str, queue: Any
-) -> None:
+def _work_there(recipe: Recipe, parameters: dict[str, Any], seed: int, scale: str, run_id: str, queue: Any) -> None:
     with TemporaryDirectory() as folder:
         line = _Line(queue, Path(folder))
         run = Run(

@@ -245,13 +245,9 @@ def _work(name: str, results: list[list[object]]) -> list[list[float]] | None:
     if not numbers:
         return None
     if len(numbers) < len(returned):
-        raise TypeError(
-            f"{name} returned its work as a number in some turns only; return it in all or in none"
-        )
+        raise TypeError(f"{name} returned its work as a number in some turns only; return it in all or in none")
     if not all(0 < float(number) < float("inf") for number in numbers):
-        raise ValueError(
-            f"{name} said that it had done {min(map(float, numbers))} of work; work is finite and above 0"
-        )
+        raise ValueError(f"{name} said that it had done {min(map(float, numbers))} of work; work is finite and above 0")
     return [[float(result) for result in row] for row in results]  # type: ignore[arg-type]
 
 

@@ -270,8 +270,7 @@ def recipe(
         before = _registry.get(paper)
         if before is not None and _where(before.function) != _where(function):
             raise ValueError(
-                f"{paper} has the recipe {_where(before.function)} already; "
-                f"give {_where(function)} another paper"
+                f"{paper} has the recipe {_where(before.function)} already; give {_where(function)} another paper"
             )
         _registry[paper] = made
         return made
@@ -364,9 +363,7 @@ def _load(what: str, load: Callable[[], object]) -> None:
     try:
         load()
     except Exception as error:
-        warnings.warn(
-            f"{what} could not be loaded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"{what} could not be loaded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def find(paper: str) -> Recipe:

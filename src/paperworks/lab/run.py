@@ -155,8 +155,7 @@ class Run:
         started: datetime | None = None,
         artefacts: Path | None = None,
         recorder: Recorder | None = None,
-        parallel: Callable[[Callable[[Any], Any], Sequence[Any], Callable[[], None]], list[Any]]
-        | None = None,
+        parallel: Callable[[Callable[[Any], Any], Sequence[Any], Callable[[], None]], list[Any]] | None = None,
         display: Display | None = None,
     ) -> None:
         self.paper = paper
@@ -196,9 +195,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def record(
-        self, name: str, value: float, *, unit: str = "", better: Better, series: str | None = None
-    ) -> None:
+    def record(self, name: str, value: float, *, unit: str = "", better: Better, series: str | None = None) -> None:
         """Record one figure; it is in the store when this returns.
 
         Args:
@@ -302,16 +299,12 @@ class Run:
                 self._keep_median("time", timing.seconds, unit, "lower", name)
             else:
                 self._keep_median("speed", timing.speed, "1/s" if unit == "s" else unit, "higher", name)
-        ratios = {
-            name: median_ratio(timings[name].speed, timings[first].speed, seed=self.seed) for name in methods
-        }
+        ratios = {name: median_ratio(timings[name].speed, timings[first].speed, seed=self.seed) for name in methods}
         for name, ratio in ratios.items():
             self._keep_ratio("speed-up", ratio, better="higher", unit="x", series=name, against=first)
         return ratios
 
-    def _keep_median(
-        self, name: str, figures: list[list[float]], unit: str, better: Better, series: str
-    ) -> None:
+    def _keep_median(self, name: str, figures: list[list[float]], unit: str, better: Better, series: str) -> None:
         flat = [figure for row in figures for figure in row]
         self.keep(Measurement(name, median(flat), unit, better, series, repeats=flat))
 
@@ -319,9 +312,7 @@ class Run:
         self, name: str, ratio: Ratio, *, better: Better, unit: str, series: str | None, against: str | None
     ) -> None:
         self.keep(
-            Measurement(
-                name, ratio.value, unit, better, series, ratio.low, ratio.high, list(ratio.repeats), against
-            )
+            Measurement(name, ratio.value, unit, better, series, ratio.low, ratio.high, list(ratio.repeats), against)
         )
 
     def figure(self, fig: Figure, name: str = "figure") -> Path:
@@ -338,9 +329,7 @@ class Run:
             ValueError: The name cannot be a file's.
         """
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(
-                f"a figure's name has letters, digits, dots, hyphens and underscores, given {name!r}"
-            )
+            raise ValueError(f"a figure's name has letters, digits, dots, hyphens and underscores, given {name!r}")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         content = io.BytesIO()
@@ -398,9 +387,7 @@ class Run:
         """
         with self._lock:
             if self.status != "running":
-                raise PaperworksError(
-                    f"run {self.id} is {self.status} and takes no more; execute the recipe again"
-                )
+                raise PaperworksError(f"run {self.id} is {self.status} and takes no more; execute the recipe again")
             match entry:
                 case Measurement():
                     _check(entry)
@@ -489,9 +476,7 @@ class Progress:
 
     def __init__(self, run: Run, total: int | Iterable[Any] | None, description: str) -> None:
         self._run = run
-        self._items: Iterable[Any] = (
-            range(total) if isinstance(total, int) else total if total is not None else ()
-        )
+        self._items: Iterable[Any] = range(total) if isinstance(total, int) else total if total is not None else ()
         size = len(self._items) if total is not None and isinstance(self._items, Sized) else None
         self.bar = Bar(next(_keys), description, 0.0, size)
 

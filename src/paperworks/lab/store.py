@@ -152,9 +152,7 @@ class Store:
     """
 
     def __init__(self, url: str | Path | None = None, *, artefacts: Path | None = None) -> None:
-        self._url = _parsed(
-            url or os.environ.get("PAPERWORKS_STORE") or user_data_path("paperworks") / "runs.db"
-        )
+        self._url = _parsed(url or os.environ.get("PAPERWORKS_STORE") or user_data_path("paperworks") / "runs.db")
         if artefacts is None:
             beside = Path(str(self._url.database)).parent if self._sqlite else user_data_path("paperworks")
             artefacts = beside / "artefacts"
@@ -231,9 +229,7 @@ class Store:
         with self._writing() as session:
             session.execute(end)
 
-    def runs(
-        self, paper: str | None = None, status: Status | None = None, limit: int | None = None
-    ) -> list[Run]:
+    def runs(self, paper: str | None = None, status: Status | None = None, limit: int | None = None) -> list[Run]:
         """The runs kept, newest first.
 
         Args:
@@ -285,9 +281,7 @@ class Store:
         run.finished = None if row.finished is None else datetime.fromtimestamp(row.finished, UTC)
         run.environment, run.error, run.traceback = row.environment, row.error, row.traceback
         fields = Measurement.__dataclass_fields__
-        run.measurements = [
-            Measurement(**{name: getattr(kept, name) for name in fields}) for kept in row.measurements
-        ]
+        run.measurements = [Measurement(**{name: getattr(kept, name) for name in fields}) for kept in row.measurements]
         run.artefacts = {kept.name: self.artefacts / row.id / kept.path for kept in row.artefacts}
         run.logs = [Log(kept.message, kept.at) for kept in row.logs]
         run.bars = tuple(Bar(**bar) for bar in row.progress)
@@ -328,9 +322,7 @@ class Store:
             raise
         except DBAPIError as error:
             reason = re.split(r"\n|(?<=failed): ", str(error.orig).strip())
-            raise UsageError(
-                f"the store {self.url} does not answer ({reason[-1] or reason[0]}); {_CURE}"
-            ) from error
+            raise UsageError(f"the store {self.url} does not answer ({reason[-1] or reason[0]}); {_CURE}") from error
 
     def _connected(self) -> Engine:
         if not self._sqlite:
@@ -425,8 +417,6 @@ def _alive(row: RunRow) -> bool:
     try:
         process = psutil.Process(row.pid)
         # A later process may have been given the same number.
-        return (
-            process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - row.process_started) < 2
-        )
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - row.process_started) < 2
     except psutil.NoSuchProcess:
         return False

@@ -118,7 +118,9 @@ def hydra(
         unit="tokens/s",
     )
     for name in drafters:
-        run.record("accepted per call", _mean(list(accepted[name].values())), unit="tokens", better="higher", series=name)
+        run.record(
+            "accepted per call", _mean(list(accepted[name].values())), unit="tokens", better="higher", series=name
+        )
         run.record("drafting share", _mean(drafting[name]), unit="of time", better="lower", series=name)
     order = range(len(ids))
     for name in ("Hydra", "Hydra++"):
@@ -139,9 +141,7 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _compare_texts(
-    run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]
-) -> None:
+def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
     """Record for how many prompts the text in float32 is transformers' own greedy text, token for token."""
     import copy
 

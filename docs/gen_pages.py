@@ -1,0 +1,39 @@
+"""Write a page for each room from its cards and docstrings, and one on adding a paper."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import mkdocs_gen_files
+
+from paperworks.papers import ROOMS, load_cards
+
+cards = load_cards().values()
+for room, purpose in ROOMS.items():
+    papers = [paper for paper in cards if paper.room == room]
+    lines = [f"# {room.capitalize()}", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]
+    for paper in papers:
+        link = f"[arXiv {paper.arxiv}]({paper.url})" if paper.arxiv else "no arXiv number"
+        lines += [
+            f"## {' and '.join(paper.names)}",
+            "",
+            f"*{paper.title}* ({paper.year}, {link})",
+            "",
+            paper.summary,
+            "",
+        ]
+        if paper.claims:
+            lines += ["| claim | value | setting | against |", "| --- | --- | --- | --- |"]
+            lines += [f"| {c.metric} | {c.value} {c.unit} | {c.setting} | {c.against} |" for c in paper.claims]
+            lines.append("")
+        if find_spec(f"paperworks.{room}") is not None:
+            source = "".join(path.read_text() for path in Path(f"src/paperworks/{room}").glob("*.py"))
+            defined = [n for n in paper.names if f"\nclass {n}(" in source or f"\ndef {n}(" in source]
+            for name in defined:
+                lines += [f"::: paperworks.{room}.{name}", ""]
+    with mkdocs_gen_files.open(f"rooms/{room}.md", "w") as page:
+        page.write("\n".join(lines))
+
+with mkdocs_gen_files.open("adding.md", "w") as page:
+    page.write(Path("CONTRIBUTING.md").read_text())
