@@ -16,7 +16,8 @@ from paperworks.papers import ROOMS, Paper, get, load_cards
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 StoreOption = Annotated[
-    Optional[str], typer.Option(help="Where runs are kept: a SQLite file or postgresql+psycopg://…  [env: PAPERWORKS_STORE]")
+    str | None,
+    typer.Option(help="Where runs are kept: a SQLite file or postgresql+psycopg://…  [env: PAPERWORKS_STORE]"),
 ]
 _SHARED = {
     "scale": (str, "default", "tiny (seconds), default, or paper (a GPU's work)."),
@@ -92,8 +93,8 @@ def _console() -> Any:
 
 
 def list_papers(
-    room: Annotated[Optional[str], typer.Option(help="Only this room.")] = None,
-    status: Annotated[Optional[str], typer.Option(help="Only planned, runs or measured.")] = None,
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only planned, runs or measured.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The papers, what works, and the newest figure of each."""
@@ -135,7 +136,7 @@ def search_papers(
     query: Annotated[str, typer.Argument(help="What you are looking for, in plain words.")],
     limit: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
     words: Annotated[bool, typer.Option("--words", help="By words only, at once.")] = False,
-    embedder: Annotated[Optional[str], typer.Option(help="A sentence-transformers model.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="A sentence-transformers model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find papers by words and by meaning."""
@@ -144,7 +145,9 @@ def search_papers(
     _print_papers(search(query, meaning=not words, embedder=embedder, limit=limit), as_json)
 
 
-def show(paper: Annotated[str, typer.Argument(help="Slug, public name or arXiv number.")], as_json: JsonOption = False) -> None:
+def show(
+    paper: Annotated[str, typer.Argument(help="Slug, public name or arXiv number.")], as_json: JsonOption = False
+) -> None:
     """A paper's card, its claims, how to import it, and the newest figures."""
     from paperworks.lab import records
     from paperworks.lab.report import claims, grid
@@ -156,7 +159,11 @@ def show(paper: Annotated[str, typer.Argument(help="Slug, public name or arXiv n
         return _print_json({**card.model_dump(), "status": records.status(card), "record": newest})
     console = _console()
     console.print(f"[bold]{card.title}[/bold] ({card.year})", highlight=False)
-    for line in (", ".join(card.authors), card.url, card.code and f"{card.code} ({card.licence or 'licence not known'})"):
+    for line in (
+        ", ".join(card.authors),
+        card.url,
+        card.code and f"{card.code} ({card.licence or 'licence not known'})",
+    ):
         if line:
             console.print(line, highlight=False)
     console.print(f"\n{card.summary}\n", highlight=False)
@@ -196,7 +203,9 @@ def _run_commands() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     for slug, recipe in recipes().items():
-        group.command(slug, help=recipe.summary, epilog=f"Example: `paperworks run {slug} --scale tiny`")(_run_command(slug))
+        group.command(slug, help=recipe.summary, epilog=f"Example: `paperworks run {slug} --scale tiny`")(
+            _run_command(slug)
+        )
     return group
 
 
@@ -213,10 +222,10 @@ def _run_command(slug: str) -> Callable[..., int]:
         run = _execute(slug, options, as_json=as_json, **shared)
         return _report([run], as_json)
 
-    parameters = []
+    parameters: list[tuple[str, Any, Any]] = []
     for name, parameter in recipe.parameters.items():
         option = typer.Option(help=parameter.help, show_default=str(parameter.default))
-        parameters.append((name, Annotated[Optional[parameter.type], option], None))
+        parameters.append((name, Annotated[parameter.type | None, option], None))
     for name, (kind, default, text) in _SHARED.items():
         flag = ["--verbose"] if kind is bool else []
         parameters.append((name, Annotated[kind, typer.Option(*flag, help=text)], default))
@@ -291,7 +300,8 @@ def compare(
     for card in cards:
         find(card.slug).parse(options)
     runs = [
-        _execute(card.slug, options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False) for card in cards
+        _execute(card.slug, options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False)
+        for card in cards
     ]
     if as_json:
         return _report(runs, True)
@@ -315,7 +325,7 @@ def _pairs(words: list[str]) -> dict[str, str]:
 
 
 def results(
-    what: Annotated[Optional[str], typer.Argument(help="A paper, or the id of a run to see it whole.")] = None,
+    what: Annotated[str | None, typer.Argument(help="A paper, or the id of a run to see it whole.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many runs to show.")] = 20,
     store: StoreOption = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the newest finished run as Markdown.")] = False,
@@ -357,13 +367,17 @@ def results(
         table.add_column(heading, no_wrap=heading == "run", overflow="fold")
     for run in runs:
         ratios = "\n".join(f"{m.series or ''} {m.name} {interval(m)}" for m in run.measurements if m.against)
-        table.add_row(run.id, run.paper, run.scale, run.status if not run.error else f"{run.status}: {run.error}", ratios)
+        table.add_row(
+            run.id, run.paper, run.scale, run.status if not run.error else f"{run.status}: {run.error}", ratios
+        )
     _console().print(table)
 
 
 def bench(
-    papers: Annotated[Optional[list[str]], typer.Argument(help="Papers; all that have a recipe by default.")] = None,
-    missing: Annotated[bool, typer.Option("--missing", help="Only papers without a record, to go on after a stop.")] = False,
+    papers: Annotated[list[str] | None, typer.Argument(help="Papers; all that have a recipe by default.")] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only papers without a record, to go on after a stop.")
+    ] = False,
     store: StoreOption = None,
 ) -> int:
     """Run recipes at their default scale and write `benchmarks/` in this checkout."""

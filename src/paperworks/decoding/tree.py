@@ -177,7 +177,7 @@ class TreeShape:
             raise ValueError(f"a tree needs at least one node besides the root, got nodes={nodes}")
         table = accuracy.double().tolist()
         chosen: list[tuple[int, ...]] = []
-        open_paths = {(rank,): chance for rank, chance in enumerate(table[0])}
+        open_paths: dict[tuple[int, ...], float] = {(rank,): chance for rank, chance in enumerate(table[0])}
         while open_paths and len(chosen) < nodes:
             path = max(open_paths, key=lambda path: (open_paths[path], [-rank for rank in path]))
             chance = open_paths.pop(path)

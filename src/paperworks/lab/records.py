@@ -123,7 +123,8 @@ def markdown_table(records: dict[str, dict[str, Any]]) -> str:
     for slug, record in records.items():
         paper = cards[slug]
         claims = "; ".join(
-            f"{claim.metric} {figure(claim.value)} {claim.unit} against {claim.against or 'nothing'}" for claim in paper.claims
+            f"{claim.metric} {figure(claim.value)} {claim.unit} against {claim.against or 'nothing'}"
+            for claim in paper.claims
         )
         ratios = [m for m in record["measurements"] if m.against]
         for index, measurement in enumerate(ratios or record["measurements"]):
@@ -131,7 +132,9 @@ def markdown_table(records: dict[str, dict[str, Any]]) -> str:
             told += f" against {measurement.against}" if measurement.against else ""
             first = index == 0
             row = (" and ".join(paper.names), claims, told, machine(record["environment"]))
-            lines.append("| " + " | ".join(cell if first or column == 2 else "" for column, cell in enumerate(row)) + " |")
+            lines.append(
+                "| " + " | ".join(cell if first or column == 2 else "" for column, cell in enumerate(row)) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 

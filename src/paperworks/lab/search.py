@@ -15,7 +15,29 @@ from paperworks.errors import UsageError
 from paperworks.papers import ROOMS, Paper, load_cards
 
 # Words that say nothing about what is sought.
-_EMPTY = frozenset("a an and are can do for from get give have how i in is it its make me my of on or our the to what with".split())
+_EMPTY = frozenset(
+    {
+        "a",
+        "an",
+        "and",
+        "are",
+        "can",
+        "do",
+        "for",
+        "from",
+        "get",
+        "give",
+        "have",
+        "how",
+        "i",
+        "in",
+        "is",
+        "it",
+        "its",
+        "make",
+    }
+    | {"me", "my", "of", "on", "or", "our", "the", "to", "what", "with"}
+)
 _RANK_OFFSET = 60
 
 
@@ -39,7 +61,7 @@ def search(query: str, *, meaning: bool = True, embedder: str | None = None, lim
         'decoding'
     """
     if not query.strip():
-        raise UsageError("the search is empty: give a few words, such as `paperworks search \"make my llm faster\"`")
+        raise UsageError('the search is empty: give a few words, such as `paperworks search "make my llm faster"`')
     cards = load_cards()
     orders = [by_words(query, cards)]
     chosen = embedder or os.environ.get("PAPERWORKS_EMBEDDER") or _installed_embedder()
@@ -63,7 +85,9 @@ def by_words(query: str, cards: dict[str, Paper]) -> list[str]:
         database.execute(
             "CREATE VIRTUAL TABLE card USING fts5(slug UNINDEXED, name, title, room, tags, summary, tokenize='porter unicode61')"
         )
-        database.executemany("INSERT INTO card VALUES (?, ?, ?, ?, ?, ?)", (_columns(paper) for paper in cards.values()))
+        database.executemany(
+            "INSERT INTO card VALUES (?, ?, ?, ?, ?, ?)", (_columns(paper) for paper in cards.values())
+        )
         found = database.execute(
             "SELECT slug FROM card WHERE card MATCH ? ORDER BY bm25(card, 0, 8, 5, 6, 4, 2), slug",
             (" OR ".join(f'"{word}"' for word in words),),
@@ -108,7 +132,9 @@ def _load(embedder: str) -> Any:
     try:
         return SentenceTransformer(embedder, device="cpu")
     except Exception as error:
-        raise UsageError(f"cannot load the embedder {embedder!r}: give a sentence-transformers folder or name") from error
+        raise UsageError(
+            f"cannot load the embedder {embedder!r}: give a sentence-transformers folder or name"
+        ) from error
 
 
 def _installed_embedder() -> str | None:

@@ -63,9 +63,7 @@ def load_model(
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f"Loading {name!r} needs torch and transformers: pip install 'paperworks[llm]'."
-        ) from error
+        raise UsageError(f"Loading {name!r} needs torch and transformers: pip install 'paperworks[llm]'.") from error
     path = _path(name)
     if path is None and name == _TINY:
         model, tokenizer = _tiny_random_llama()
@@ -138,9 +136,7 @@ def _hugging_face(name: str) -> Path:
     )
 
 
-def _from_folder(
-    folder: Path, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
