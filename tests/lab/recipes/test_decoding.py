@@ -1,0 +1,43 @@
+"""Recipes of the decoding room, seconds long."""
+
+from __future__ import annotations
+
+import pytest
+
+from paperworks.lab import execute
+from paperworks.lab.executors import execute as run_recipe
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / name)
+
+
+def test_hydra_measures_every_row():
+    run = run_recipe("hydra", scale="tiny", show_progress=False)
+    assert run.status == "finished", run.traceback
+    rows = {(m.name, m.series) for m in run.measurements}
+    for name in ("Medusa", "Hydra", "Hydra++"):
+        assert {("speed", name), ("speed-up", name), ("accepted per call", name), ("same text", name)} <= rows
+    assert {("speed", "plain decoding"), ("speed", "transformers generate"), ("speed", "transformers prompt look-up")} <= rows
+    same = [m for m in run.measurements if m.name == "same text"]
+    assert all(m.value == 2 for m in same) and len(same) == 4
+    assert run.artefacts["figure"].is_file()
+
+
+def test_hydra_reuses_trained_heads_and_mends_damaged_ones(tmp_path):
+    first = execute("hydra", scale="tiny", parameters={"equality_prompts": 0}, show_progress=False)
+    drafters = sorted((tmp_path / "paperworks" / "drafters").iterdir())
+    times = [(folder / "model.safetensors").stat().st_mtime_ns for folder in drafters]
+    (drafters[0] / "model.safetensors").write_bytes(b"rubbish")
+    again = execute("hydra", scale="tiny", parameters={"equality_prompts": 0}, show_progress=False)
+    assert again.status == "finished" and sorted((tmp_path / "paperworks" / "drafters").iterdir()) == drafters
+    new = [(folder / "model.safetensors").stat().st_mtime_ns for folder in drafters]
+    assert new[1:] == times[1:] and new[0] != times[0]
+    accepted = [[m.value for m in run.measurements if m.name == "accepted per call"] for run in (first, again)]
+    assert accepted[0] == accepted[1]
+
+
+def test_unknown_model_is_one_sentence():
+    run = execute("hydra", scale="tiny", parameters={"model": "no-such-model"}, show_progress=False)
+    assert run.status == "failed" and "no-such-model" in run.error and getattr(run.exception, "exit_status", 1) == 2
