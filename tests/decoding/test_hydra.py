@@ -192,6 +192,7 @@ def test_loss_terms_equal_their_formulas(model):
     tokens = torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(5))
     hidden, mask = states_of(model, tokens), torch.ones(2, 7, dtype=torch.bool)
     mask[1, 4:] = False
+    size = model.model.embed_tokens.weight.pow(2).mean().sqrt()
     for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.5, 0.25, 2.0)):
         drafter = scramble(
             Hydra.from_target(
@@ -202,7 +203,9 @@ def test_loss_terms_equal_their_formulas(model):
         for head in range(2):
             terms = []
             for row, t in [(r, t) for r in range(2) for t in range(7 - 2 - head) if mask[r, t + 2 + head]]:
-                z = [hidden[row, t]] + [model.model.embed_tokens(tokens[row, t + 1 + j]) for j in range(head + 1)]
+                z = [hidden[row, t]] + [
+                    model.model.embed_tokens(tokens[row, t + 1 + j]) / size for j in range(head + 1)
+                ]
                 u = drafter.heads[head](torch.cat(z))
                 logits, teacher = model.lm_head(u), model.lm_head(hidden[row, t + 1 + head]).softmax(-1)
                 label = torch.nn.functional.cross_entropy(logits, tokens[row, t + 2 + head])

@@ -206,7 +206,7 @@ def stream(
         committed = _committed(tree, hidden, accepted, counts)
         kept = committed.tokens[:, 1:].tolist()
         following = accepted.next_tokens.tolist()
-        new = [kept[b][: counts[b] - 1] + [following[b]] if alive[b] else [] for b in range(batch)]
+        new = [[*kept[b][: counts[b] - 1], following[b]] if alive[b] else [] for b in range(batch)]
         new = _cut(new, remaining, ends)
         for emitted, tokens in zip(statistics.emitted, new, strict=True):
             if tokens:

@@ -27,7 +27,11 @@ class _Head(nn.Module):
     def __init__(self, inputs: int, size: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.first = nn.Linear(inputs, size)
-        self.residual = nn.Linear(inputs, size, bias=False) if inputs != size else nn.Identity()
+        self.residual: nn.Module = nn.Identity()
+        if inputs != size:
+            # From zero too: random products of states and embeddings would first have to be unlearnt.
+            self.residual = nn.Linear(inputs, size, bias=False)
+            nn.init.zeros_(self.residual.weight)
         blocks = [nn.Linear(size, size) for _ in range(layers - 1)]
         self.blocks = nn.ModuleList(blocks)
         self.dropout = nn.Dropout(dropout)
@@ -87,6 +91,7 @@ class Hydra(Drafter):
 
     conditioned: ClassVar[bool] = True
     vocabulary: Tensor | None
+    embedding_scale: Tensor
 
     def __init__(
         self,
@@ -121,6 +126,10 @@ class Hydra(Drafter):
             "noise": noise,
         }
         self.register_buffer("vocabulary", vocabulary)
+        # Embeddings are an order of magnitude smaller than states. A constant, which the heads' first weights could take
+        # in, brings them to unit size, so that both train at one learning rate.
+        embeddings = target.embed(torch.arange(target.vocab_size, device=target.device)[:4096])
+        self.register_buffer("embedding_scale", embeddings.float().pow(2).mean().rsqrt())
         self.heads = nn.ModuleList(
             _Head((i + 2) * size if self.conditioned else size, size, layers, dropout) for i in range(heads)
         )
@@ -192,7 +201,7 @@ class Hydra(Drafter):
         tokens = root.new_zeros(len(root), len(self.tree))
         tokens[:, 0] = root
         embedded = h.new_zeros(*tokens.shape, h.shape[-1])
-        embedded[:, :1] = state.target.embed(tokens[:, :1])
+        embedded[:, :1] = self._embed(state.target, tokens[:, :1])
         for head, level in enumerate(self.tree.levels):
             paths = level.paths.to(root.device)
             z = h[:, None].expand(-1, len(paths) if self.conditioned else 1, -1)
@@ -206,8 +215,11 @@ class Hydra(Drafter):
             span = slice(level.first_child, level.first_child + children.shape[1])
             tokens[:, span] = children
             if self.conditioned:
-                embedded[:, span] = state.target.embed(children)
+                embedded[:, span] = self._embed(state.target, children)
         return self.tree.tree(tokens)
+
+    def _embed(self, target: Target, tokens: Tensor) -> Tensor:
+        return target.embed(tokens) * self.embedding_scale
 
     def _scores(self, head: int, u: Tensor, rows: Tensor | None) -> Tensor:
         if self.scorers is not None:
@@ -218,7 +230,7 @@ class Hydra(Drafter):
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What each head says at every position whose label may be used, given the true tokens before it."""
         rows = target.head_rows(self.vocabulary) if self.scorers is None else None
-        embedded = target.embed(tokens).to(hidden.dtype)
+        embedded = self._embed(target, tokens).to(hidden.dtype)
         if self.training and self.options["noise"]:
             scale = self.options["noise"] / (hidden.shape[1] * hidden.shape[2]) ** 0.5
             hidden = hidden + scale * (2 * torch.rand_like(hidden) - 1)

@@ -258,7 +258,7 @@ def train_drafter(
     data: DraftingData,
     *,
     epochs: float = 3.0,
-    batch_size: int = 8,
+    batch_size: int = 4,
     learning_rate: float = 1e-3,
     warmup: float = 0.05,
     weight_decay: float = 0.0,

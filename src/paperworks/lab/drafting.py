@@ -96,7 +96,7 @@ def trained(
         words = train.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
         torch.manual_seed(seed)
         drafter = kind.from_target(target, vocabulary=words, **options)  # type: ignore[attr-defined]
-        batch = 8
+        batch = 4
         with run.progress(max(1, round(epochs * len(train) / batch)), f"training {name}") as bar:
             train_drafter(
                 drafter, target, train, epochs=epochs, batch_size=batch,

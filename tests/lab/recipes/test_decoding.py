@@ -19,7 +19,11 @@ def test_hydra_measures_every_row():
     rows = {(m.name, m.series) for m in run.measurements}
     for name in ("Medusa", "Hydra", "Hydra++"):
         assert {("speed", name), ("speed-up", name), ("accepted per call", name), ("same text", name)} <= rows
-    assert {("speed", "plain decoding"), ("speed", "transformers generate"), ("speed", "transformers prompt look-up")} <= rows
+    assert {
+        ("speed", "plain decoding"),
+        ("speed", "transformers generate"),
+        ("speed", "transformers prompt look-up"),
+    } <= rows
     same = [m for m in run.measurements if m.name == "same text"]
     assert all(m.value == 2 for m in same) and len(same) == 4
     assert run.artefacts["figure"].is_file()

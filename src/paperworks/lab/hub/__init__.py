@@ -4,13 +4,49 @@
 `PAPERWORKS_DATA` names, what an installed package ships, the Hugging Face Hub or OpenML.
 
 Example:
-    >>> from paperworks.lab.hub import load_model
+    >>> from paperworks.lab.hub import load_dataset, load_model, prompts
     >>> model, tokenizer = load_model("tiny-random-llama")
     >>> model.config.num_hidden_layers
     2
+    >>> load_dataset("diabetes").X.shape
+    (442, 10)
+    >>> len(prompts())
+    40
 """
 
+from paperworks.lab.hub.data import (
+    CharacterData,
+    Conversation,
+    Dataset,
+    ImageData,
+    Problem,
+    Question,
+    QuestionData,
+    SeriesData,
+    TableData,
+    TextData,
+    datasets,
+    load_dataset,
+    prompts,
+)
 from paperworks.lab.hub.models import load_model, models
 from paperworks.lab.hub.places import Entry
 
-__all__ = ["Entry", "load_model", "models"]
+__all__ = [
+    "CharacterData",
+    "Conversation",
+    "Dataset",
+    "Entry",
+    "ImageData",
+    "Problem",
+    "Question",
+    "QuestionData",
+    "SeriesData",
+    "TableData",
+    "TextData",
+    "datasets",
+    "load_dataset",
+    "load_model",
+    "models",
+    "prompts",
+]

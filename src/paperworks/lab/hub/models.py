@@ -63,7 +63,7 @@ def load_model(
         import torch
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"Loading {name!r} needs torch and transformers: pip install 'paperworks[llm]'.") from error
+        raise UsageError(f"Loading {name!r} needs transformers: pip install 'paperworks[llm]'.") from error
     path = _path(name)
     if path is None and name == _TINY:
         model, tokenizer = _tiny_random_llama()
@@ -86,7 +86,7 @@ def models() -> list[Entry]:
         ['smollm2-135m', 'tiny-random-llama']
     """
     shipped = [
-        Entry(name, f"GGUF in the package {package.replace('_', '-')} ({install})", _gguf_in(package) is not None)
+        Entry(name, f"a package ({install})", _gguf_in(package) is not None)
         for name, (package, install) in _SHIPPED.items()
     ]
     return [*shipped, Entry(_TINY, "made on the spot, random weights", True)]
@@ -149,7 +149,9 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # ImportError: the tokenizer or the architecture wants a package which is not installed.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{folder} cannot be read as a causal language model with its tokenizer: {first}") from error
+        raise UsageError(
+            f"{folder} is no causal language model with tokenizer that loads: {first}"
+        ) from error
     return model, tokenizer
 
 
@@ -168,7 +170,7 @@ def _from_gguf(file: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
                 _convert(file, digest, folder)
     except OSError as error:
         warnings.warn(
-            f"{cache} cannot hold the converted model ({error.strerror or error}): it is converted on every load; "
+            f"{cache} cannot hold the converted model ({error.strerror or error}), so every load converts it: "
             "free some space there or set XDG_CACHE_HOME.",
             stacklevel=3,
         )
@@ -238,8 +240,8 @@ def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Cut text as SmolLM's own tokenizer does: every digit alone, before the words.
 
-    transformers reads merges and vocabulary from GGUF but not this step, and without it spaces before a number
-    become other tokens than the model was trained on.
+    transformers reads merges and vocabulary from GGUF but not this step, and without it spaces before a
+    number become other tokens than the model was trained on.
     """
     from tokenizers import pre_tokenizers
 
@@ -269,7 +271,7 @@ def _tiny_random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         pad_token_id=2,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(_SEED)
+        torch.default_generator.manual_seed(_SEED)
         model = LlamaForCausalLM(config)
     return model, _ascii_tokenizer(config.max_position_embeddings)
 

@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         name: what `load_model` or `load_dataset` is given.
         origin: where it comes from, in words.
-        available: whether it can be had now without a network.
+        available: whether it is certainly here; what is not may have to be fetched.
     """
 
     name: str
@@ -69,7 +69,7 @@ def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> Usage
     """
     names = sorted(known)
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    hint = "did you mean " + " or ".join(map(repr, close)) + "?" if close else f"known are {', '.join(names)}."
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(names)}."
     return UsageError(f"Unknown {kind} {name!r}: {hint} Otherwise give {otherwise}.")
 
 
@@ -101,7 +101,6 @@ def from_hugging_face(
         from huggingface_hub.errors import (
             GatedRepoError,
             HFValidationError,
-            LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -121,28 +120,36 @@ def from_hugging_face(
         )
     except GatedRepoError as error:
         raise UsageError(
-            f"{repository!r} asks for consent: accept its terms on huggingface.co and set HF_TOKEN, or {cure}."
+            f"{repository!r} asks for consent: accept its terms on the Hub and set HF_TOKEN, or {cure}."
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UsageError(
             f"The Hugging Face Hub has no {kind} {repository!r} that you may read: check the name "
             f"(private ones need HF_TOKEN), or {cure}."
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(
-            f"{repository!r} is not in the Hugging Face cache and the Hub does not answer: connect to a network "
-            f"(and unset HF_HUB_OFFLINE), or {cure}."
-        ) from error
+    except OSError as error:
+        raise _unreachable(repository, cure) from error
+    # Without a network, a folder that another call left in the cache is given, whatever it holds.
+    files = [file for pattern in patterns for file in folder.glob(pattern)]
+    if not files:
+        raise _unreachable(repository, cure)
     if kind == "dataset":
-        for file in folder.rglob("*"):
+        for file in files:
             verify_blob(file)
     return folder
+
+
+def _unreachable(repository: str, cure: str) -> UsageError:
+    return UsageError(
+        f"{repository!r} is not in the Hugging Face cache and the Hub does not answer: connect to a network "
+        f"(and unset HF_HUB_OFFLINE), or {cure}."
+    )
 
 
 def verify_blob(file: Path) -> None:
     """Compare a file in the Hugging Face cache with the SHA-256 that the Hub announced, where it did.
 
-    The cache stores a large file under its SHA-256 and links to it; small files are stored under another hash.
+    The cache stores a large file under its SHA-256 and links to it; small files under another hash.
 
     Raises:
         UsageError: the contents differ; the broken file is removed so that the next call fetches it again.
@@ -151,4 +158,4 @@ def verify_blob(file: Path) -> None:
     if len(blob.name) == 64 and sha256(blob) != blob.name:
         blob.unlink()
         file.unlink(missing_ok=True)
-        raise UsageError(f"{file.name} arrived damaged (its SHA-256 differs) and was removed: run this again.")
+        raise UsageError(f"{file.name} arrived damaged (other SHA-256) and was removed: run this again.")
