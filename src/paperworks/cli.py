@@ -17,7 +17,7 @@ from paperworks.papers import ROOMS, Paper, get, load_cards
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 StoreOption = Annotated[
     str | None,
-    typer.Option(help="Where runs are kept: a SQLite file or postgresql+psycopg://…  [env: PAPERWORKS_STORE]"),
+    typer.Option(help="Where runs are kept: sqlite:///FILE or postgresql+psycopg://…  [env: PAPERWORKS_STORE]"),
 ]
 _SHARED = {
     "scale": (str, "default", "tiny (seconds), default, or paper (a GPU's work)."),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paperworks import __version__
+from paperworks.errors import UsageError
 from paperworks.lab.cache import cached_folder
 from paperworks.lab.run import Run
 
@@ -25,7 +26,11 @@ def cpu_friendly_dtype() -> torch.dtype:
 
 
 def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> tuple[Any, Any, list[torch.Tensor]]:
-    """The model, its tokenizer, and `count` prompts as (1, length) token ids through its chat template."""
+    """The model, its tokenizer, and `count` prompts as (1, length) token ids through its chat template, evenly spread over their set.
+
+    Raises:
+        UsageError: There are not so many prompts.
+    """
     import torch
 
     from paperworks.lab.hub import load_model
@@ -33,8 +38,13 @@ def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> t
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, tokenizer = load_model(model, dtype=dtype, device=device)
+    texts = load_prompts(prompts)
+    if not 1 <= count <= len(texts):
+        raise UsageError(
+            f"{prompts} has {len(texts)} prompts, so {count} of them cannot be taken: give 1 to {len(texts)}"
+        )
     ids = []
-    for text in load_prompts(prompts, count):
+    for text in texts[:: len(texts) // count][:count]:
         if getattr(tokenizer, "chat_template", None):
             encoded = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -114,7 +124,7 @@ def trained(
 
 def _identity(model: str, target: Any) -> dict[str, Any]:
     """What tells this model from another of the same name: type, size and a sum over its weights."""
-    weight = target.get_output_embeddings().weight
+    weight = target.get_output_embeddings().weight.detach()
     return {
         "name": Path(model).name,
         "parameters": sum(parameter.numel() for parameter in target.parameters()),

@@ -50,10 +50,10 @@ class TextData:
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its worked answer (GSM8K).
+    r"""A question and its worked answer (GSM8K).
 
     Example:
-        >>> Question("What are 2 and 3?", "They are 2 + 3 = <<2+3=5>>5.\\n#### 5").number
+        >>> Question("What are 2 and 3?", "They are 2 + 3 = <<2+3=5>>5.\n#### 5").number
         5.0
     """
 
@@ -394,7 +394,7 @@ def _checked_split(name: str, source: _Source, split: str | None) -> str:
 
 
 def _find(folder: Path, source: _Source, split: str, *, own: bool = False) -> list[Path]:
-    """The files of a set in a folder of all data, or in the set's `own` folder; empty unless all are there."""
+    """The files of a set in a folder of all data, or in its `own` folder; empty unless all are there."""
     names = [file.format(split=split) for file in source.files]
     files = [folder / (Path(name).name if own else name) for name in names]
     return files if all(file.is_file() for file in files) else []
@@ -638,16 +638,12 @@ def _rows(name: str, split: str, hosted: _Hosted) -> list[dict[str, Any]]:
         raise UsageError(f"Reading {name} from the Hub needs pyarrow: pip install pyarrow") from error
     pattern = hosted.files.format(split={"valid": "validation"}.get(split, split))
     cure = f"set PAPERWORKS_DATA to a folder that holds {_SOURCES[name].files[0].format(split=split)}"
-    folder = from_hugging_face(
-        hosted.repository, [pattern], kind="dataset", revision=hosted.revision, cure=cure
-    )
+    folder = from_hugging_face(hosted.repository, [pattern], kind="dataset", revision=hosted.revision, cure=cure)
     rows: list[dict[str, Any]] = []
     for file in sorted(folder.glob(pattern)):
         rows += parquet.read_table(file).to_pylist()
     if len(rows) != hosted.rows[split]:
-        raise UsageError(
-            f"{hosted.repository} gave {len(rows)} rows of {name}, not {hosted.rows[split]}: {cure}."
-        )
+        raise UsageError(f"{hosted.repository} gave {len(rows)} rows of {name}, not {hosted.rows[split]}: {cure}.")
     return rows
 
 
@@ -735,8 +731,8 @@ def _openml_uci(name: str, split: str) -> TableData:
     expected = (known.rows, known.features + 1)
     if table.shape != expected or not math.isclose(mean, known.mean_target, rel_tol=1e-3):
         raise UsageError(
-            f"OpenML gave {name} as a table of {table.shape} with mean target {mean:.4g}, not {expected} with "
-            f"{known.mean_target:.4g}: {cure}."
+            f"OpenML gave {name} as a table of {table.shape} with mean target {mean:.4g}, "
+            f"not {expected} with {known.mean_target:.4g}: {cure}."
         )
     features = tuple(str(column) for column in frame.columns[: known.features])
     return TableData(name, split, np.ascontiguousarray(table[:, :-1]), table[:, -1].copy(), features)
@@ -830,12 +826,7 @@ _SOURCES: dict[str, _Source] = {
         "repository laiguokun/multivariate-time-series-data",
     ),
     **{f"uci:{short}": _uci(short) for short in _UCI},
-    **{
-        name: _Source("scikit-learn", fetch=_scikit_learn, package="sklearn")
-        for name in (*_CLASSES, "diabetes")
-    },
+    **{name: _Source("scikit-learn", fetch=_scikit_learn, package="sklearn") for name in (*_CLASSES, "diabetes")},
     "california_housing": _Source("scikit-learn, which downloads it", fetch=_scikit_learn),
-    "mnist1d": _Source(
-        "made by the package mnist1d", splits=("train", "test"), fetch=_mnist1d, package="mnist1d"
-    ),
+    "mnist1d": _Source("made by the package mnist1d", splits=("train", "test"), fetch=_mnist1d, package="mnist1d"),
 }

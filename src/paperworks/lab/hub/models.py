@@ -149,9 +149,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # ImportError: the tokenizer or the architecture wants a package which is not installed.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"{folder} is no causal language model with tokenizer that loads: {first}"
-        ) from error
+        raise UsageError(f"{folder} is no causal language model with tokenizer that loads: {first}") from error
     return model, tokenizer
 
 
@@ -170,8 +168,8 @@ def _from_gguf(file: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
                 _convert(file, digest, folder)
     except OSError as error:
         warnings.warn(
-            f"{cache} cannot hold the converted model ({error.strerror or error}), so every load converts it: "
-            "free some space there or set XDG_CACHE_HOME.",
+            f"{cache} cannot hold the converted model ({error.strerror or error}), so every load converts "
+            "it again: free some space there or set XDG_CACHE_HOME.",
             stacklevel=3,
         )
         model, tokenizer = _read_gguf(file)

@@ -13,13 +13,13 @@ from paperworks.lab.run import Run
     baseline="plain decoding",
     tiny={
         "model": "tiny-random-llama",
-        "prompts": "built-in",
         "prompt_count": 2,
         "new_tokens": 12,
         "train_tokens": 600,
         "epochs": 1.0,
         "draft_vocabulary": 64,
         "nodes": 4,
+        "prefix_layer": True,
         "repeats": 1,
         "equality_prompts": 2,
     },
@@ -30,37 +30,40 @@ from paperworks.lab.run import Run
         "train_tokens": 2_000_000,
         "draft_vocabulary": 32_000,
         "nodes": 63,
+        "prefix_layer": True,
     },
 )
 def hydra(
     run: Run,
     model: str = "smollm2-135m",
-    prompts: str = "mt_bench",
+    prompts: str = "built-in",
     prompt_count: int = 8,
     new_tokens: int = 128,
     train_tokens: int = 40_000,
     epochs: float = 4.0,
     draft_vocabulary: int = 8192,
     nodes: int = 16,
+    prefix_layer: bool = False,
     repeats: int = 1,
     equality_prompts: int = 4,
     seed: int = 0,
 ) -> None:
     """Hydra draft heads against plain decoding on the same prompts.
 
-    Medusa heads, Hydra and Hydra++ are trained alike on text that the model writes itself, and decode held-out prompts
+    Medusa heads and Hydra's are trained alike on text that the model writes itself, and decode held-out prompts
     greedily, turn by turn with plain decoding, transformers' own `generate` and its prompt look-up.
 
     Args:
         run: Keeps what is measured.
         model: Name of the target.
-        prompts: Prompts to decode: mt_bench, built-in, or a file with one prompt a line.
+        prompts: Prompts to decode, built-in or mt_bench, evenly spread over the set.
         prompt_count: How many of them.
         new_tokens: Tokens to generate for each.
         train_tokens: Answer tokens the model writes to train the heads on.
         epochs: Passes over them.
         draft_vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
         nodes: Drafted tokens a call.
+        prefix_layer: Train and measure Hydra++ too, whose heads read through an attention layer.
         repeats: Turns for each prompt.
         equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
         seed: Of text, order and weights.
@@ -74,8 +77,9 @@ def hydra(
     heads: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
         "Medusa": (Medusa, {}),
         "Hydra": (Hydra, {}),
-        "Hydra++": (Hydra, {"prefix_layer": True, "layers": 4}),
     }
+    if prefix_layer:
+        heads["Hydra++"] = (Hydra, {"prefix_layer": True, "layers": 4})
     drafters = {
         name: trained(
             run, name, kind, options, target, tokenizer, model=model, tokens=train_tokens, epochs=epochs,
@@ -123,7 +127,7 @@ def hydra(
         )
         run.record("drafting share", _mean(drafting[name]), unit="of time", better="lower", series=name)
     order = range(len(ids))
-    for name in ("Hydra", "Hydra++"):
+    for name in (name for name in drafters if name != "Medusa"):
         run.ratio(
             "accepted per call, ratio",
             method=[accepted[name][index] for index in order],
