@@ -24,7 +24,7 @@ bench: .venv/dev.stamp
 	$(BIN)/paperworks bench
 
 docs: .venv/docs.stamp
-	$(BIN)/mkdocs build --strict --quiet
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv site dist build

@@ -131,7 +131,7 @@ def test_version(paperworks):
         (("show", "hydro"), "did you mean hydra"),
         (("run", "hydro"), "did you mean hydra"),
         (("run", "tsdiff"), "tsdiff"),
-        (("run", "hydra", "--throws", "many"), "many"),
+        (("run", "hydra", "--throws", "many"), "Invalid value for '--throws'"),
         (("run", "hydra", "--scale", "huge"), "huge"),
         (("run", "hydra", "--thrws", "3"), "--thrws"),
         (("run", "hydra", "--on", "moon"), "moon"),

@@ -37,7 +37,7 @@ def app() -> typer.Typer:
         rich_markup_mode="markdown",
         add_completion=False,
     )
-    program.callback()(_version)
+    program.callback()(_shared_options)
     program.command("list", epilog="Example: `paperworks list --room decoding`")(list_papers)
     program.command("search", epilog='Example: `paperworks search "make my llm faster"`')(search_papers)
     program.command("show", epilog="Example: `paperworks show hydra`")(show)
@@ -56,6 +56,9 @@ def main() -> None:
     """Run the command line; errors are one sentence and an exit status."""
     try:
         status = app()(standalone_mode=False)
+        # Typer turns Ctrl-C into this status of its own.
+        if status == 130:
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except PaperworksError as error:
         _fail(str(error), error.exit_status)
@@ -74,12 +77,18 @@ def _fail(sentence: str, status: int) -> None:
     sys.exit(status)
 
 
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+def _shared_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _print_json(value: Any) -> None:

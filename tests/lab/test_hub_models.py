@@ -96,9 +96,7 @@ def test_a_saved_folder_loads_as_it_was(folder: Path) -> None:
     assert tokenizer("abc").input_ids == [97, 98, 99] and not model.training
 
 
-def test_a_folder_under_the_data_folder_is_found_by_name(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_under_the_data_folder_is_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAPERWORKS_DATA", str(folder.parent))
     assert load_model("tiny")[0].config.vocab_size == 128
     monkeypatch.setenv("PAPERWORKS_DATA", str(folder / "nowhere"))
@@ -171,9 +169,7 @@ def write_gguf(file: Path, model: Any, pre: str = "smollm") -> None:
             "self_attn.k_proj": config.num_key_value_heads,
         }
         if part in heads:
-            array = (
-                array.reshape(heads[part], 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape).copy()
-            )
+            array = array.reshape(heads[part], 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape).copy()
         writer.add_tensor(f"blk.{layer}.{names[part]}.weight", array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -227,9 +223,7 @@ def test_a_second_load_converts_nothing(gguf_file: Path, cache: Path, conversion
     assert not list(cache.glob(".making-*"))
 
 
-@pytest.mark.parametrize(
-    "damage", ["byte", "truncated", "missing", "manifest", "no manifest", "stale", "other file"]
-)
+@pytest.mark.parametrize("damage", ["byte", "truncated", "missing", "manifest", "no manifest", "stale", "other file"])
 def test_a_corrupt_or_stale_cache_is_made_again(
     gguf_file: Path, cache: Path, conversions: list[Path], damage: str
 ) -> None:
@@ -327,9 +321,7 @@ def test_a_hugging_face_id_is_loaded_from_its_snapshot(folder: Path, monkeypatch
     ((repository, kind, patterns),) = asked
     assert (repository, kind) == ("someone/tiny", "model")
     # Weights come as safetensors only, never as pickles.
-    assert "*.safetensors" in patterns and not any(
-        "bin" in pattern or "pt" in pattern for pattern in patterns
-    )
+    assert "*.safetensors" in patterns and not any("bin" in pattern or "pt" in pattern for pattern in patterns)
 
 
 def test_importing_the_hub_loads_nothing_heavy() -> None:
