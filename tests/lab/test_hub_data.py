@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ TEXT = " \n = Title = \n \n A <unk> of words . \n"
 
 def idx(values: np.ndarray) -> bytes:
     extents = b"".join(int(extent).to_bytes(4, "big") for extent in values.shape)
-    return gzip.compress(bytes([0, 0, 8, values.ndim]) + extents + values.astype(np.uint8).tobytes())
+    return gzip.compress(bytes([0, 0, 8, values.ndim]) + extents + values.astype(np.uint8).tobytes(), mtime=0)
 
 
 def png(ink: tuple[int, int]) -> bytes:
@@ -71,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "wikitext-2" / "test.txt").write_text(TEXT.replace("Title", "Test"))
     (root / "gsm8k" / "train.jsonl").write_text(json.dumps(QUESTION) + "\n")
     (root / "gsm8k" / "test.jsonl").write_text((json.dumps(QUESTION) + "\n") * 2)
-    (root / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(PROBLEM).encode()))
+    (root / "humaneval" / "HumanEval.jsonl.gz").write_bytes(gzip.compress(json.dumps(PROBLEM).encode(), mtime=0))
     (root / "mt_bench" / "question.jsonl").write_text(json.dumps(TURNS) + "\n")
     (root / "mnist-10k" / "images-idx3-ubyte.gz").write_bytes(idx(np.arange(2 * 28 * 28).reshape(2, 28, 28)))
     (root / "mnist-10k" / "labels-idx1-ubyte.gz").write_bytes(idx(np.array([7, 2])))
@@ -88,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
             )
     (root / "uci" / "energy.txt").write_text("1\t2 3\n4 5\t6\n\n")
     (root / "uci" / "mine.txt").write_text("1,2\n3,4\n")
-    (root / "exchange_rate" / "exchange_rate.txt.gz").write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
+    (root / "exchange_rate" / "exchange_rate.txt.gz").write_bytes(gzip.compress(b"1,2,3\n4,5,6\n", mtime=0))
     return root
 
 
@@ -281,6 +282,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, A
         file.symlink_to(blob)
         return str(place)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *names, **options: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     yield state
 
@@ -362,11 +364,23 @@ def test_where_nothing_is_reachable_one_sentence_says_what_to_set(name: str) -> 
     with pytest.raises(UsageError, match="set PAPERWORKS_DATA to a folder that holds") as error:
         load_dataset(name)
     assert "\n" not in str(error.value) and name.split(":")[-1] in str(error.value)
+    if name in ("mnist-10k", "uci:energy"):
+        # scikit-learn went as far as the network.
+        assert "no network" in str(error.value)
+
+
+def test_a_hub_that_refuses_is_asked_once(tmp_path: Path) -> None:
+    code = "from paperworks.lab.hub import load_dataset; load_dataset('gsm8k')"
+    place = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    environment = {key: value for key, value in os.environ.items() if key != "PAPERWORKS_DATA"} | place
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "UsageError: 'openai/gsm8k' is not in the Hugging Face cache" in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 @pytest.mark.usefixtures("nothing_here")
 def test_california_housing_without_a_network_says_so() -> None:
-    with pytest.raises(UsageError, match="california_housing could not be fetched"):
+    with pytest.raises(UsageError, match=r"california_housing could not be fetched \(.*no network"):
         load_dataset("california_housing")
 
 
@@ -410,7 +424,7 @@ def test_unknown_names_and_parts_come_with_known_ones() -> None:
         (
             "mnist-10k",
             "mnist-10k/images-idx3-ubyte.gz",
-            gzip.compress(gzip.decompress(idx(np.zeros((2, 28, 28))))[:-1]),
+            gzip.compress(gzip.decompress(idx(np.zeros((2, 28, 28))))[:-1], mtime=0),
             "holds 1567 values, its head says 1568",
         ),
         ("omniglot", "omniglot/images_background_small1.zip", b"PK not a zip", "zip"),
@@ -418,7 +432,7 @@ def test_unknown_names_and_parts_come_with_known_ones() -> None:
         ("uci:energy", "uci/energy.txt", b"1 2 3\n4 5\n", "columns"),
         ("uci:energy", "uci/energy.txt", b"1\n2\n", "target"),
         ("uci:energy", "uci/energy.txt", b"\n", "empty"),
-        ("exchange_rate", "exchange_rate/exchange_rate.txt.gz", gzip.compress(b"1,x\n"), "cannot be read"),
+        ("exchange_rate", "exchange_rate/exchange_rate.txt.gz", gzip.compress(b"1,x\n", mtime=0), "cannot be read"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_reason(

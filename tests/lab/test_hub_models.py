@@ -315,6 +315,7 @@ def test_a_hugging_face_id_is_loaded_from_its_snapshot(folder: Path, monkeypatch
         asked.append((repository, options["repo_type"], options["allow_patterns"]))
         return str(folder)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *names, **options: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     model, _ = load_model("someone/tiny")
     assert model.config.vocab_size == 128

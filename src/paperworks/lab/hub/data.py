@@ -9,6 +9,7 @@ import math
 import random
 import re
 import socket
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -590,7 +591,7 @@ def _scikit_learn(name: str, split: str) -> TableData:
     if name == "california_housing":
         # scikit-learn fetches this one, and compares its SHA-256.
         with _no_long_wait(name, "take the data set diabetes instead"):
-            found = shipped.fetch_california_housing(n_retries=0)
+            found = shipped.fetch_california_housing(n_retries=1)
     else:
         found = getattr(shipped, f"load_{name}")()
     classes = tuple(str(label) for label in getattr(found, "target_names", ())) if name in _CLASSES else ()
@@ -633,7 +634,7 @@ class _Hosted:
 def _rows(name: str, split: str, hosted: _Hosted) -> list[dict[str, Any]]:
     """The records of one part on the Hub, as many as are known to be in it."""
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise UsageError(f"Reading {name} from the Hub needs pyarrow: pip install pyarrow") from error
     pattern = hosted.files.format(split={"valid": "validation"}.get(split, split))
@@ -664,12 +665,12 @@ def _hosted_wikitext(name: str, split: str) -> TextData:
 def _openml(name: str, number: int, cure: str) -> Any:
     """A data set of OpenML as a pandas frame; scikit-learn compares its MD5."""
     try:
-        import pandas  # noqa: F401
+        import pandas  # type: ignore[import-untyped]  # noqa: F401
         from sklearn.datasets import fetch_openml
     except ImportError as error:
         raise UsageError(f"{name} lies on OpenML: pip install scikit-learn pandas, or {cure}.") from error
     with _no_long_wait(name, cure):
-        return fetch_openml(data_id=number, as_frame=True, parser="auto", n_retries=0).frame
+        return fetch_openml(data_id=number, as_frame=True, parser="auto", n_retries=1).frame
 
 
 @contextmanager
@@ -678,7 +679,10 @@ def _no_long_wait(name: str, cure: str) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
-        yield
+        with warnings.catch_warnings():
+            # The sentence below says what these say.
+            warnings.filterwarnings("ignore", message="A network error|Retry|Invalid cache")
+            yield
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error).strip().split("\n")[0]
         sentence = f"{name} could not be fetched ({reason}): connect to a network, or {cure}."

@@ -9,8 +9,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paperworks.errors import UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # Long enough for a slow line, short enough that nobody waits a minute to learn that there is none.
 _ANSWER_WITHIN = 5.0
@@ -97,10 +101,11 @@ def from_hugging_face(
         UsageError: the package is missing, nothing answers, or there is no such repository.
     """
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
             HFValidationError,
+            LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -116,6 +121,7 @@ def from_hugging_face(
                 revision=revision,
                 allow_patterns=list(patterns),
                 etag_timeout=_ANSWER_WITHIN,
+                local_files_only=not _answers(HfApi(), repository, kind, revision),
             )
         )
     except GatedRepoError as error:
@@ -127,8 +133,10 @@ def from_hugging_face(
             f"The Hugging Face Hub has no {kind} {repository!r} that you may read: check the name "
             f"(private ones need HF_TOKEN), or {cure}."
         ) from error
-    except OSError as error:
+    except LocalEntryNotFoundError as error:
         raise _unreachable(repository, cure) from error
+    except OSError as error:
+        raise UsageError(f"{repository!r} could not be fetched ({error}): try again, or {cure}.") from error
     # Without a network, a folder that another call left in the cache is given, whatever it holds.
     files = [file for pattern in patterns for file in folder.glob(pattern)]
     if not files:
@@ -137,6 +145,19 @@ def from_hugging_face(
         for file in files:
             verify_blob(file)
     return folder
+
+
+def _answers(api: HfApi, repository: str, kind: str, revision: str | None) -> bool:
+    """Whether the Hub answers, asked once: a download would try for half a minute before it gives up."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        api.repo_info(repository, repo_type=kind, revision=revision, timeout=_ANSWER_WITHIN)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise
+    except Exception:  # its HTTP library's, which changes from version to version
+        return False
+    return True
 
 
 def _unreachable(repository: str, cure: str) -> UsageError:
