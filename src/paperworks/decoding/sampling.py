@@ -80,5 +80,9 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
         >>> draw(torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
         [1, 0]
     """
-    flat = probabilities.reshape(-1, probabilities.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).reshape(probabilities.shape[:-1])
+    # One uniform number a row against the cumulated law; `torch.multinomial` draws one for every token.
+    mass = probabilities.double().cumsum(-1)
+    total = mass[..., -1:]
+    uniform = torch.rand(total.shape, dtype=mass.dtype, device=mass.device, generator=generator)
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, point, right=True)[..., 0]
