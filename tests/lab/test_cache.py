@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,13 @@ def test_failed_build_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="no power"):
         cached_folder("things", {"a": 1}, fail)
     assert not list((tmp_path / "paperworks" / "things").iterdir())
+
+
+def test_what_a_killed_build_left_is_removed_after_a_day(tmp_path):
+    for name, age in (("building-old", 2 * 86_400), ("building-now", 60)):
+        (tmp_path / "paperworks" / "things" / name).mkdir(parents=True)
+        then = time.time() - age
+        os.utime(tmp_path / "paperworks" / "things" / name, (then, then))
+    cached_folder("things", {"a": 1}, Builder())
+    left = {folder.name for folder in (tmp_path / "paperworks" / "things").glob("building-*")}
+    assert left == {"building-now"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
     if _intact(folder, text):
         return folder
     parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(parent)
     fresh = Path(tempfile.mkdtemp(prefix="building-", dir=parent))
     try:
         build(fresh)
@@ -56,6 +59,14 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def _clear_abandoned(parent: Path) -> None:
+    """Remove what killed processes left half built; nothing is built for a whole day."""
+    for folder in parent.glob("building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:
