@@ -118,27 +118,39 @@ def list_papers(
         for paper in load_cards().values()
         if room in (None, paper.room) and status in (None, records.status(paper))
     ]
-    _print_papers(papers, as_json)
+    _print_papers(papers, as_json, by_room=True)
 
 
-def _print_papers(papers: list[Paper], as_json: bool) -> None:
+def _print_papers(papers: list[Paper], as_json: bool, *, by_room: bool = False) -> None:
+    """The papers as a table, in their order with the whole first sentence of each, or one line each under their rooms."""
     from paperworks.lab import records
+
+    room = None
 
     if as_json:
         return _print_json([{**paper.model_dump(), "status": records.status(paper)} for paper in papers])
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("slug", "room", "status", "what it does", "newest figure"):
-        table.add_column(heading, no_wrap=heading in ("slug", "status"), overflow="fold")
-    for paper in papers:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    console = _console()
+    widest = max((len(paper.slug) for paper in papers), default=0)
+    table.add_column("slug", no_wrap=True, min_width=widest)
+    table.add_column("status", no_wrap=True, min_width=len("measured"))
+    room_left = max(20, console.width - widest - len("measured") - 26) if by_room else None
+    table.add_column("what it does", no_wrap=by_room, overflow="ellipsis", max_width=room_left)
+    table.add_column("newest figure", overflow="fold", min_width=18)
+    for paper in sorted(papers, key=lambda paper: list(ROOMS).index(paper.room)) if by_room else papers:
+        if by_room and paper.room != room:
+            table.add_section()
+            table.add_row(f"[bold]{paper.room}[/bold]", "", f"[bold]{ROOMS[paper.room]}[/bold]", "")
+        room = paper.room
         record = records.load_records().get(paper.slug)
         ratios = [m for m in record["measurements"] if m.against] if record else []
         best = next((m for m in reversed(ratios) if m.name == "speed-up"), ratios[-1] if ratios else None)
         newest = f"{best.name} {records.interval(best)}" if best else ""
-        table.add_row(paper.slug, paper.room, records.status(paper), paper.summary.split(". ")[0], newest)
-    _console().print(table)
+        table.add_row(paper.slug, records.status(paper), paper.summary.split(". ")[0], newest)
+    console.print(table)
 
 
 def search_papers(
