@@ -75,6 +75,19 @@ class DraftingData:
         first, last = zip(*parts, strict=True)
         return DraftingData(*first), DraftingData(*last)
 
+    @classmethod
+    def join(cls, parts: Sequence[DraftingData]) -> DraftingData:
+        """The sequences of all parts, padded to the longest."""
+        length = max(part.tokens.shape[1] for part in parts)
+
+        def padded(tensor: Tensor) -> Tensor:
+            rest = [0, 0] * (tensor.ndim - 2) + [0, length - tensor.shape[1]]
+            return F.pad(tensor, rest)
+
+        return cls(
+            *(torch.cat([padded(getattr(part, name)) for part in parts]) for name in ("tokens", "hidden", "mask"))
+        )
+
     def save(self, path: str | Path) -> None:
         """Write to one safetensors file."""
         save_file({"tokens": self.tokens, "hidden": self.hidden.contiguous(), "mask": self.mask}, path)
@@ -98,15 +111,17 @@ def self_written(
     tokens: int,
     answer_tokens: int = 128,
     question_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float = 1.0,
+    question_temperature: float = 0.9,
+    question_top_k: int = 50,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Text that the target writes with no corpus: questions it samples, then its own answers.
 
-    A chat model is given its template up to where the user would speak, and samples a question at temperature 1; the
-    answer follows through the template at `temperature`. A model without a chat template continues from its
+    A chat model is given its template up to where the user would speak, and samples a question; the answer follows
+    through the template at `temperature`. A model without a chat template continues from its
     beginning-of-sequence token.
 
     Args:
@@ -115,7 +130,10 @@ def self_written(
         tokens: Answer tokens wanted in all.
         answer_tokens: At most so many an answer.
         question_tokens: At most so many a question.
-        temperature: Of the answers; take the one at which the drafter will serve.
+        temperature: Of the answers. At 1 they are varied; greedy answers of a small model soon run in circles, of which
+            a drafter learns little.
+        question_temperature: Of the questions. Below 1 a small model asks what people ask.
+        question_top_k: Questions are sampled among so many tokens.
         batch_size: Questions at once.
         generator: Randomness.
         progress: Called with the number of new answer tokens.
@@ -132,7 +150,13 @@ def self_written(
     while total < tokens:
         start = torch.tensor([before] * batch_size, device=model.device)
         asked = generate(
-            model, start, max_new_tokens=question_tokens, temperature=1.0, eos_token_id=stop, generator=generator
+            model,
+            start,
+            max_new_tokens=question_tokens,
+            temperature=question_temperature,
+            top_k=question_top_k,
+            eos_token_id=stop,
+            generator=generator,
         ).new_tokens
         contexts = [before + [token for token in question if token not in stop] + after for question in asked]
         ids, mask = _padded(contexts, model.device)

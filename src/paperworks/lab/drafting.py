@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from paperworks import __version__
@@ -13,7 +15,16 @@ from paperworks.lab.run import Run
 if TYPE_CHECKING:
     import torch
 
-    from paperworks.decoding import Drafter
+    from paperworks.decoding import Drafter, DraftingData
+
+# Drafters that are trained alike: name in tables and on the command line, class in `paperworks.decoding`, its options.
+DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Medusa": ("Medusa", {}),
+    "Hydra": ("Hydra", {}),
+    "Hydra++": ("Hydra", {"prefix_layer": True, "layers": 4}),
+}
+# Answer tokens written, and kept, at once.
+_PART = 12_000
 
 
 def cpu_friendly_dtype() -> torch.dtype:
@@ -56,34 +67,44 @@ def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> t
     return target, tokenizer, ids
 
 
-def drafting_data(run: Run, target: Any, tokenizer: Any, *, model: str, tokens: int, seed: int) -> Path:
-    """File of the text that the target wrote itself, with its hidden states; the same for every drafter."""
+def drafting_data(
+    run: Run, target: Any, tokenizer: Any, *, model: str, tokens: int, seed: int, temperature: float
+) -> DraftingData:
+    """Text that the target wrote itself, with its hidden states; the same for every drafter.
 
-    def build(folder: Path) -> None:
-        import torch
+    It is written and kept in parts, so that a run that was stopped goes on where it was, and a longer one begins with
+    what a shorter one wrote.
+    """
+    from paperworks.decoding import DraftingData, collect, self_written
 
-        from paperworks.decoding import collect, self_written
+    size = min(_PART, tokens)
+    parts = []
+    with run.progress(tokens, "the target writes its training text") as bar:
+        for part in range(-(-tokens // size)):
 
-        generator = torch.Generator(target.device).manual_seed(seed)
-        batch = max(1, min(64, tokens // 128))
-        with run.progress(tokens, "the target writes its training text") as bar:
-            written = self_written(
-                target, tokenizer, tokens=tokens, batch_size=batch, generator=generator, progress=bar.advance
-            )
-        with run.progress(len(written), "reading it for hidden states") as bar:
-            collect(target, written, progress=bar.advance).save(folder / "data.safetensors")
+            def build(folder: Path, part: int = part) -> None:
+                import torch
 
-    key = {
-        "model": _identity(model, target), "tokens": tokens, "seed": seed, "version": __version__
-    }  # fmt: skip
-    return cached_folder("drafting-data", key, build) / "data.safetensors"
+                generator = torch.Generator(target.device).manual_seed(1000 * seed + part)
+                pairs = self_written(
+                    target, tokenizer, tokens=size, temperature=temperature, batch_size=max(1, min(128, size // 100)),
+                    generator=generator, progress=bar.advance,
+                )  # fmt: skip
+                collect(target, pairs).save(folder / "data.safetensors")
+
+            key = {
+                "model": _identity(model, target), "tokens": size, "part": part, "seed": seed,
+                "temperature": temperature, "version": __version__,
+            }  # fmt: skip
+            folder = cached_folder("drafting-data", key, build)
+            parts.append(DraftingData.load(folder / "data.safetensors"))
+            bar.advance(size * (part + 1) - bar.bar.done)
+    return DraftingData.join(parts)
 
 
 def trained(
     run: Run,
     name: str,
-    kind: type[Drafter],
-    options: dict[str, Any],
     target: Any,
     tokenizer: Any,
     *,
@@ -93,20 +114,39 @@ def trained(
     vocabulary: int,
     nodes: int,
     seed: int,
+    temperature: float = 1.0,
 ) -> Drafter:
-    """A drafter trained on the common data, its tree fitted to what held-out text accepts; kept between runs."""
+    """The drafter called `name` (see `DRAFTERS`), trained on the common data; kept between runs.
+
+    Args:
+        run: Shows progress.
+        name: One of `DRAFTERS`.
+        target: The model to draft for.
+        tokenizer: Its tokenizer.
+        model: The model's name.
+        tokens: Answer tokens that the target writes to train on.
+        epochs: Passes over them.
+        vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
+        nodes: Drafted tokens a call; the tree is fitted to what held-out text accepts.
+        seed: Of text, order and weights.
+        temperature: Of the text.
+    """
+    import paperworks.decoding
+    from paperworks.decoding import Drafter, fit_tree, train_drafter
+
+    kind, options = DRAFTERS[name]
 
     def build(folder: Path) -> None:
         import torch
 
-        from paperworks.decoding import DraftingData, fit_tree, train_drafter
-
-        data = DraftingData.load(drafting_data(run, target, tokenizer, model=model, tokens=tokens, seed=seed))
-        train, held_out = data.split(max(1, len(data) // 10))
+        data = drafting_data(
+            run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature
+        )  # fmt: skip
+        train, held_out = data.split(max(1, min(64, len(data) // 10)))
         words = train.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
         torch.manual_seed(seed)
-        drafter = kind.from_target(target, vocabulary=words, **options)  # type: ignore[attr-defined]
-        batch = 4
+        drafter = getattr(paperworks.decoding, kind).from_target(target, vocabulary=words, **options)
+        batch = min(8, len(train))
         with run.progress(max(1, round(epochs * len(train) / batch)), f"training {name}") as bar:
             train_drafter(
                 drafter, target, train, epochs=epochs, batch_size=batch,
@@ -116,10 +156,164 @@ def trained(
         drafter.save_pretrained(folder)
 
     key = {
-        "model": _identity(model, target), "kind": kind.__name__, "options": options, "tokens": tokens,
-        "epochs": epochs, "vocabulary": vocabulary, "nodes": nodes, "seed": seed, "version": __version__,
+        "model": _identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
+        "vocabulary": vocabulary, "nodes": nodes, "seed": seed, "temperature": temperature, "version": __version__,
     }  # fmt: skip
-    return kind.from_pretrained(cached_folder("drafters", key, build), target)
+    return Drafter.from_pretrained(cached_folder("drafters", key, build), target)
+
+
+def pit(
+    run: Run,
+    names: Sequence[str],
+    *,
+    against: str,
+    title: str,
+    model: str,
+    prompts: str,
+    prompt_count: int,
+    new_tokens: int,
+    train_tokens: int,
+    epochs: float,
+    draft_vocabulary: int,
+    nodes: int,
+    repeats: int,
+    equality_prompts: int,
+    seed: int,
+) -> None:
+    """Train drafters alike, decode the same prompts greedily with each in turn, and record what each gains and costs.
+
+    Turns are shared with plain decoding and with what transformers offers by itself. All drafters have the same data,
+    draft vocabulary and number of drafted tokens a call.
+
+    Args:
+        run: Keeps what is measured.
+        names: The drafters, of `DRAFTERS`.
+        against: That one of them with which the accepted tokens of the others are compared.
+        title: Of the figure.
+        model: Name of the target.
+        prompts: Prompts to decode, evenly spread over their set.
+        prompt_count: How many of them.
+        new_tokens: Tokens to generate for each.
+        train_tokens: See `trained`.
+        epochs: See `trained`.
+        draft_vocabulary: See `trained`.
+        nodes: Drafted tokens a call.
+        repeats: Turns for each prompt.
+        equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
+        seed: Of text, order and weights.
+    """
+    import torch
+
+    from paperworks.decoding import generate
+
+    target, tokenizer, ids = prompt_ids(model, prompts, prompt_count, dtype=cpu_friendly_dtype())
+    drafters = {
+        name: trained(
+            run, name, target, tokenizer, model=model, tokens=train_tokens, epochs=epochs,
+            vocabulary=draft_vocabulary, nodes=nodes, seed=seed,
+        )
+        for name in dict.fromkeys(names)
+    }  # fmt: skip
+    accepted: dict[str, dict[int, float]] = {name: {} for name in drafters}
+    calls: dict[str, dict[int, int]] = {name: {} for name in drafters}
+    drafting: dict[str, list[float]] = {name: [] for name in drafters}
+
+    def decode(name: str | None) -> Callable[[int], int]:
+        def call(index: int) -> int:
+            result = generate(target, ids[index], drafter=drafters[name] if name else None, max_new_tokens=new_tokens)
+            if name:
+                cost = result.statistics
+                accepted[name][index] = cost.accepted_per_call
+                calls[name][index] = cost.target_calls
+                drafting[name].append(cost.drafting_seconds / (cost.drafting_seconds + cost.target_seconds))
+            return len(result.new_tokens[0])
+
+        return call
+
+    def theirs(**options: Any) -> Callable[[int], int]:
+        def call(index: int) -> int:
+            with torch.inference_mode():
+                text = target.generate(ids[index], max_new_tokens=new_tokens, do_sample=False, **options)
+            return int(text.shape[1] - ids[index].shape[1])
+
+        return call
+
+    speed_up = run.compare(
+        baseline=("plain decoding", decode(None)),
+        method={
+            "transformers generate": theirs(),
+            "transformers prompt look-up": theirs(prompt_lookup_num_tokens=10),
+            **{name: decode(name) for name in drafters},
+        },
+        over=range(len(ids)),
+        repeats=repeats,
+        unit="tokens/s",
+    )
+    for name in drafters:
+        mean = fmean(accepted[name].values())
+        run.record("accepted per call", mean, unit="tokens", better="higher", series=name)
+        run.record("calls", sum(calls[name].values()), unit="passes", better="lower", series=name)
+        run.record("drafting share", fmean(drafting[name]), unit="of time", better="lower", series=name)
+    order = range(len(ids))
+    for name in (name for name in drafters if name != against):
+        run.ratio(
+            "accepted per call, ratio",
+            method=[accepted[name][index] for index in order],
+            baseline=[accepted[against][index] for index in order],
+            better="higher",
+            series=name,
+            against=against,
+        )
+    if equality_prompts:
+        _compare_texts(run, model, prompts, equality_prompts, new_tokens, drafters)
+    run.figure(_figure(title, speed_up, {name: fmean(values.values()) for name, values in accepted.items()}, against))
+
+
+def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
+    """Record for how many prompts the text in float32 is transformers' own greedy text, token for token."""
+    import copy
+
+    import torch
+
+    from paperworks.decoding import generate
+
+    target, _, ids = prompt_ids(model, prompts, count, dtype=torch.float32)
+    rows = {"plain decoding": None, **{name: copy.deepcopy(drafter).float() for name, drafter in drafters.items()}}
+    same = dict.fromkeys(rows, 0)
+    for prompt in run.progress(ids, "comparing texts in float32"):
+        with torch.inference_mode():
+            expected = target.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
+        for name, drafter in rows.items():
+            text = generate(target, prompt, drafter=drafter, max_new_tokens=new_tokens).sequences
+            same[name] += text.tolist() == expected.tolist()
+    for name, number in same.items():
+        run.record("same text", number, unit=f"of {len(ids)}", better="higher", series=name)
+
+
+def _figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:
+    """Speed against plain decoding with intervals, and accepted tokens beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.35 * len(speed_up)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    names = list(speed_up)[::-1]
+    values = [speed_up[name].value for name in names]
+    lows = [speed_up[name].value - (speed_up[name].low or speed_up[name].value) for name in names]
+    highs = [(speed_up[name].high or speed_up[name].value) - speed_up[name].value for name in names]
+
+    def colour(name: str) -> str:
+        return "#1f6f8b" if name in accepted and name != against else "#a9b4bc"
+
+    left.barh(names, values, xerr=[lows, highs], color=[colour(name) for name in names], ecolor="#333333", capsize=3)
+    left.axvline(1, color="#333333", linewidth=0.8)
+    left.set_xlabel("speed against plain decoding")
+    right.barh(list(accepted)[::-1], list(accepted.values())[::-1], color=[colour(name) for name in accepted][::-1])
+    right.axvline(1, color="#333333", linewidth=0.8)
+    right.set_xlabel("tokens a target call")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def _identity(model: str, target: Any) -> dict[str, Any]:

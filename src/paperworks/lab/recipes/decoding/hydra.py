@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
@@ -68,123 +66,22 @@ def hydra(
         equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
         seed: Of text, order and weights.
     """
-    import torch
+    from paperworks.lab.drafting import pit
 
-    from paperworks.decoding import Drafter, Hydra, Medusa, generate
-    from paperworks.lab.drafting import cpu_friendly_dtype, prompt_ids, trained
-
-    target, tokenizer, ids = prompt_ids(model, prompts, prompt_count, dtype=cpu_friendly_dtype())
-    heads: dict[str, tuple[type[Drafter], dict[str, Any]]] = {
-        "Medusa": (Medusa, {}),
-        "Hydra": (Hydra, {}),
-    }
-    if prefix_layer:
-        heads["Hydra++"] = (Hydra, {"prefix_layer": True, "layers": 4})
-    drafters = {
-        name: trained(
-            run, name, kind, options, target, tokenizer, model=model, tokens=train_tokens, epochs=epochs,
-            vocabulary=draft_vocabulary, nodes=nodes, seed=seed,
-        )
-        for name, (kind, options) in heads.items()
-    }  # fmt: skip
-
-    accepted: dict[str, dict[int, float]] = {name: {} for name in drafters}
-    drafting: dict[str, list[float]] = {name: [] for name in drafters}
-
-    def decode(name: str | None) -> Any:
-        def call(index: int) -> int:
-            result = generate(target, ids[index], drafter=drafters[name] if name else None, max_new_tokens=new_tokens)
-            if name:
-                cost = result.statistics
-                accepted[name][index] = cost.accepted_per_call
-                drafting[name].append(cost.drafting_seconds / (cost.drafting_seconds + cost.target_seconds))
-            return len(result.new_tokens[0])
-
-        return call
-
-    def theirs(**options: Any) -> Any:
-        def call(index: int) -> int:
-            with torch.inference_mode():
-                text = target.generate(ids[index], max_new_tokens=new_tokens, do_sample=False, **options)
-            return int(text.shape[1] - ids[index].shape[1])
-
-        return call
-
-    speed_up = run.compare(
-        baseline=("plain decoding", decode(None)),
-        method={
-            "transformers generate": theirs(),
-            "transformers prompt look-up": theirs(prompt_lookup_num_tokens=10),
-            **{name: decode(name) for name in drafters},
-        },
-        over=range(len(ids)),
+    pit(
+        run,
+        ["Medusa", "Hydra", *(["Hydra++"] if prefix_layer else [])],
+        against="Medusa",
+        title="Hydra: draft heads that see what was drafted before them",
+        model=model,
+        prompts=prompts,
+        prompt_count=prompt_count,
+        new_tokens=new_tokens,
+        train_tokens=train_tokens,
+        epochs=epochs,
+        draft_vocabulary=draft_vocabulary,
+        nodes=nodes,
         repeats=repeats,
-        unit="tokens/s",
+        equality_prompts=equality_prompts,
+        seed=seed,
     )
-    for name in drafters:
-        run.record(
-            "accepted per call", _mean(list(accepted[name].values())), unit="tokens", better="higher", series=name
-        )
-        run.record("drafting share", _mean(drafting[name]), unit="of time", better="lower", series=name)
-    order = range(len(ids))
-    for name in (name for name in drafters if name != "Medusa"):
-        run.ratio(
-            "accepted per call, ratio",
-            method=[accepted[name][index] for index in order],
-            baseline=[accepted["Medusa"][index] for index in order],
-            better="higher",
-            series=name,
-            against="Medusa",
-        )
-    if equality_prompts:
-        _compare_texts(run, model, prompts, equality_prompts, new_tokens, drafters)
-    run.figure(_figure(speed_up, {name: _mean(list(values.values())) for name, values in accepted.items()}))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
-    """Record for how many prompts the text in float32 is transformers' own greedy text, token for token."""
-    import copy
-
-    import torch
-
-    from paperworks.decoding import generate
-    from paperworks.lab.drafting import prompt_ids
-
-    target, _, ids = prompt_ids(model, prompts, count, dtype=torch.float32)
-    rows = {"plain decoding": None, **{name: copy.deepcopy(drafter).float() for name, drafter in drafters.items()}}
-    same = dict.fromkeys(rows, 0)
-    for prompt in run.progress(ids, "comparing texts in float32"):
-        with torch.inference_mode():
-            expected = target.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
-        for name, drafter in rows.items():
-            text = generate(target, prompt, drafter=drafter, max_new_tokens=new_tokens).sequences
-            same[name] += text.tolist() == expected.tolist()
-    for name, number in same.items():
-        run.record("same text", number, unit=f"of {len(ids)}", better="higher", series=name)
-
-
-def _figure(speed_up: dict[str, Any], accepted: dict[str, float]) -> Any:
-    """Speed against plain decoding with intervals, and accepted tokens beside it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    names = list(speed_up)[::-1]
-    values = [speed_up[name].value for name in names]
-    lows = [speed_up[name].value - (speed_up[name].low or speed_up[name].value) for name in names]
-    highs = [(speed_up[name].high or speed_up[name].value) - speed_up[name].value for name in names]
-    colours = ["#1f6f8b" if name.startswith("Hydra") else "#a9b4bc" for name in names]
-    left.barh(names, values, xerr=[lows, highs], color=colours, ecolor="#333333", capsize=3)
-    left.axvline(1, color="#333333", linewidth=0.8)
-    left.set_xlabel("speed against plain decoding")
-    right.bar(list(accepted), list(accepted.values()), color=["#a9b4bc", "#1f6f8b", "#1f6f8b"][: len(accepted)])
-    right.axhline(1, color="#333333", linewidth=0.8)
-    right.set_ylabel("tokens a target call")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("Hydra: draft heads that see what was drafted before them", fontsize=11)
-    return figure
