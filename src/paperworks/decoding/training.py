@@ -111,7 +111,7 @@ def self_written(
     tokens: int,
     answer_tokens: int = 128,
     question_tokens: int = 64,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
     question_temperature: float = 0.9,
     question_top_k: int = 50,
     batch_size: int = 32,
@@ -130,8 +130,8 @@ def self_written(
         tokens: Answer tokens wanted in all.
         answer_tokens: At most so many an answer.
         question_tokens: At most so many a question.
-        temperature: Of the answers. At 1 they are varied; greedy answers of a small model soon run in circles, of which
-            a drafter learns little.
+        temperature: Of the answers. Greedy answers of a small model soon run in circles, of which a drafter learns
+            little.
         question_temperature: Of the questions. Below 1 a small model asks what people ask.
         question_top_k: Questions are sampled among so many tokens.
         batch_size: Questions at once.

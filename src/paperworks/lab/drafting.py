@@ -114,7 +114,7 @@ def trained(
     vocabulary: int,
     nodes: int,
     seed: int,
-    temperature: float = 1.0,
+    temperature: float = 0.7,
 ) -> Drafter:
     """The drafter called `name` (see `DRAFTERS`), trained on the common data; kept between runs.
 
