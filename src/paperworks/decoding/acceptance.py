@@ -96,7 +96,7 @@ class Exact:
         while True:
             law = sampling.probabilities(logits[rows, node])
             is_child = (tree.parents == node[:, None]) & walking[:, None]
-            if tree.draw == "point":
+            if tree.draw == "point" and type(self).judged_by is Exact.judged_by:
                 token = draw(law, generator)
                 hit = is_child & (tree.tokens == token[:, None])
                 child = torch.where(hit.any(-1), hit.int().argmax(-1), -1)
@@ -113,14 +113,16 @@ class Exact:
         stacked = torch.stack(path, dim=1)
         return Accepted(stacked, (stacked >= 0).sum(1), next_tokens)
 
-    @staticmethod
+    def judged_by(self, law: Tensor, token: Tensor) -> Tensor:
+        """The law (batch, vocab) by which each row's drafted `token` (batch,) is judged: the target's own."""
+        return law
+
     def _rejection_rounds(
-        tree: TokenTree, node: Tensor, is_child: Tensor, law: Tensor, generator: torch.Generator | None
+        self, tree: TokenTree, node: Tensor, is_child: Tensor, law: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """The accepted child of each row (-1 for none) and the law from which to draw where there is none."""
-        assert tree.draft_probs is not None
         rows = torch.arange(len(node), device=law.device)
-        proposal = tree.draft_probs[rows, node].to(law.dtype)
+        proposal = tree.draft_probs[rows, node].to(law.dtype) if tree.draft_probs is not None else law
         accepted = torch.full_like(node, -1)
         order = torch.where(is_child, torch.arange(is_child.shape[1], device=law.device), is_child.shape[1])
         for candidate in order.sort(dim=-1).values.T:
@@ -129,11 +131,14 @@ class Exact:
                 break
             slot = candidate.clamp(max=is_child.shape[1] - 1)
             token = tree.tokens[rows, slot]
-            chance = (law[rows, token] / proposal[rows, token]).nan_to_num(0.0, posinf=1.0).clamp(max=1.0)
+            if tree.draw == "point":
+                proposal = torch.zeros_like(law).scatter(-1, token[:, None], 1.0)
+            judged = self.judged_by(law, token)
+            chance = (judged[rows, token] / proposal[rows, token]).nan_to_num(0.0, posinf=1.0).clamp(max=1.0)
             yes = draw(torch.stack([1 - chance, chance], -1), generator).bool() & offered
             accepted = torch.where(yes, slot, accepted)
             rejected = (offered & ~yes)[:, None]
-            residual = (law - proposal).clamp(min=0)
+            residual = (judged - proposal).clamp(min=0)
             mass = residual.sum(-1, keepdim=True)
             # Rounding can leave nothing of p - d when p is about d; p itself is then as good as exact.
             law = torch.where(rejected & (mass > 0), residual / mass.clamp(min=torch.finfo(law.dtype).tiny), law)
