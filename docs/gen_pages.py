@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import mkdocs_gen_files
@@ -27,10 +26,10 @@ for room, purpose in ROOMS.items():
             lines += ["| claim | value | setting | against |", "| --- | --- | --- | --- |"]
             lines += [f"| {c.metric} | {c.value} {c.unit} | {c.setting} | {c.against} |" for c in paper.claims]
             lines.append("")
-        if find_spec(f"paperworks.{room}") is not None:
-            source = "".join(path.read_text() for path in Path(f"src/paperworks/{room}").glob("*.py"))
-            defined = [n for n in paper.names if f"\nclass {n}(" in source or f"\ndef {n}(" in source]
-            for name in defined:
+        public = Path(f"src/paperworks/{room}/__init__.py")
+        exported = public.read_text() if public.is_file() else ""
+        for name in paper.names:
+            if f'"{name}"' in exported:
                 lines += [f"::: paperworks.{room}.{name}", ""]
     with mkdocs_gen_files.open(f"rooms/{room}.md", "w") as page:
         page.write("\n".join(lines))

@@ -116,6 +116,30 @@ def test_compare_puts_papers_side_by_side(paperworks, toys, tmp_path):
     assert "compare-hydra-chimera.png" in out.replace("\n", "")
 
 
+def test_generate_streams_text_and_ends_with_its_speed(paperworks):
+    status, out, err = paperworks(
+        "generate", "Once", "--model", "tiny-random-llama", "--method", "plain", "--max-new-tokens", "5"
+    )
+    assert status == 0 and "tokens/s" in err and "a pass of the model" in err
+    words = ("generate", "Once", "--model", "tiny-random-llama", "--method", "plain", "--max-new-tokens", "5", "--json")
+    written = json.loads(paperworks(*words)[1])
+    assert written["text"].strip() == out.strip() and 1 <= written["tokens"] <= 5
+
+
+def test_generate_drafts_with_a_saved_drafter(paperworks, tmp_path):
+    from paperworks.decoding import Medusa
+    from paperworks.lab.hub import load_model
+
+    model, _ = load_model("tiny-random-llama")
+    Medusa.from_target(model, heads=2, tree=[(0,), (0, 0)]).save_pretrained(tmp_path / "heads")
+    words = ("generate", "Once", "--model", "tiny-random-llama", "--max-new-tokens", "9", "--json")
+    texts = [
+        json.loads(paperworks(*words, *how)[1])["text"]
+        for how in (("--method", "plain"), ("--drafter", str(tmp_path / "heads")))
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_results_as_markdown(paperworks, toys):
     paperworks("run", "hydra")
     assert "| Hydra | 3 |" in paperworks("results", "hydra", "--markdown")[1]
@@ -143,6 +167,13 @@ def test_version(paperworks):
         (("compare", "hydra", "tsdiff"), "of several"),
         (("compare", "hydra", "chimera", "--thrws", "3"), "thrws"),
         (("results", "nothing"), "there is no paper 'nothing'"),
+        (("generate", "Hi", "--model", "tiny-random-llama", "--method", "hydro"), "no method 'hydro'"),
+        (
+            ("generate", "Hi", "--model", "tiny-random-llama", "--method", "plain", "--max-new-tokens", "0"),
+            "at least 1",
+        ),
+        (("generate", "Hi", "--model", "tiny-random-llama", "--drafter", "nowhere"), "nowhere holds no saved drafter"),
+        (("generate", "Hi", "--model", "no-such-model"), "no-such-model"),
         (("lst",), "lst"),
     ],
 )
@@ -167,7 +198,7 @@ def test_interrupt_says_so_and_exits_with_130(paperworks, registry):
 
 def test_every_command_has_help_with_an_example():
     runner = CliRunner()
-    for command in ("list", "search", "show", "run", "compare", "results", "bench"):
+    for command in ("list", "search", "show", "run", "compare", "generate", "results", "bench"):
         shown = runner.invoke(cli.app(), [command, "--help"], env={"COLUMNS": "120"})
         assert shown.exit_code == 0 and "Example" in shown.output, command
 

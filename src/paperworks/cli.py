@@ -1,4 +1,4 @@
-"""The command line: list, search, show, run, compare, results, bench."""
+"""The command line: list, search, show, run, compare, generate, results, bench."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -46,6 +47,7 @@ def app() -> typer.Typer:
         epilog="Example: `paperworks compare hydra chimera --new-tokens 64`",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )(compare)
+    program.command("generate", epilog='Example: `paperworks generate --method hydra "Why is the sky blue?"`')(generate)
     program.command("results", epilog="Example: `paperworks results hydra`")(results)
     program.command("bench", epilog="Example: `paperworks bench hydra`")(bench)
     program.add_typer(_run_commands(), name="run")
@@ -331,6 +333,41 @@ def compare(
     if figure:
         print(f"figure: {figure}")
     return max(0 if run.status == "finished" else 1 for run in runs)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What you say to the model; - reads standard input.")],
+    model: Annotated[str, typer.Option(help="A folder, a Hugging Face id or smollm2-135m.")] = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="plain, or a drafter: medusa, hydra, hydra++ ...")] = "hydra",
+    drafter: Annotated[Path | None, typer.Option(help="Folder of a saved drafter, instead of --method.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 for greedy text.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write text with a model, faster by a method: streams, and ends with tokens a second."""
+    from paperworks.lab.run import Display
+    from paperworks.lab.writing import write
+
+    written = write(
+        sys.stdin.read() if prompt == "-" else prompt, model=model, method=method, drafter=drafter, chat=not raw,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        on_text=(lambda text: None) if as_json else lambda text: print(text, end="", flush=True),
+        display=Display() if sys.stderr.isatty() and not as_json else None,
+    )  # fmt: skip
+    cost = {"tokens": written.tokens, "seconds": written.seconds, "tokens_per_second": written.speed}
+    if as_json:
+        return _print_json({"text": written.text, **cost, "accepted_per_call": written.accepted_per_call})
+    print(
+        f"\n{written.tokens} tokens in {written.seconds:.1f} s: {written.speed:.1f} tokens/s, "
+        f"{written.accepted_per_call:.2f} a pass of the model",
+        file=sys.stderr,
+    )
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

@@ -36,35 +36,47 @@ def cpu_friendly_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model that will not be trained, on the GPU where there is one, laid out for few tokens at a time; its tokenizer."""
+    import torch
+
+    from paperworks.lab.hub import load_model
+    from paperworks.nn import pack_linears
+
+    target, tokenizer = load_model(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return pack_linears(target), tokenizer
+
+
+def encode(tokenizer: Any, text: str, *, chat: bool = True) -> torch.Tensor:
+    """What a user says as (1, length) token ids, through the chat template where there is one and `chat` wants it."""
+    import torch
+
+    if chat and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    return torch.tensor([tokenizer.encode(text)])
+
+
 def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> tuple[Any, Any, list[torch.Tensor]]:
-    """The model, its tokenizer, and `count` prompts as (1, length) token ids through its chat template, evenly spread over their set.
+    """The model, its tokenizer, and `count` prompts as (1, length) token ids, evenly spread over their set.
 
     Raises:
         UsageError: There are not so many prompts.
     """
-    import torch
-
-    from paperworks.lab.hub import load_model
     from paperworks.lab.hub import prompts as load_prompts
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    target, tokenizer = load_model(model, dtype=dtype, device=device)
     texts = load_prompts(prompts)
     if not 1 <= count <= len(texts):
         raise UsageError(
             f"{prompts} has {len(texts)} prompts, so {count} of them cannot be taken: give 1 to {len(texts)}"
         )
-    ids = []
-    for text in texts[:: len(texts) // count][:count]:
-        if getattr(tokenizer, "chat_template", None):
-            encoded = tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            row = tokenizer.encode(encoded, add_special_tokens=False)
-        else:
-            row = tokenizer.encode(text)
-        ids.append(torch.tensor([row], device=device))
-    return target, tokenizer, ids
+    target, tokenizer = load_target(model, dtype=dtype)
+    return (
+        target,
+        tokenizer,
+        [encode(tokenizer, text).to(target.device) for text in texts[:: len(texts) // count][:count]],
+    )
 
 
 def drafting_data(
