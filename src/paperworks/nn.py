@@ -28,11 +28,12 @@ def pack_linears(model: nn.Module) -> nn.Module:
         >>> bool(torch.allclose(model(x), model[0](x), atol=1e-6))
         True
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return model
     for layer in model.modules():
-        packable = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        if packable and layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16):
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            continue
+        if layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16):
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
             layer.forward = partial(_packed_linear, layer, weight)  # type: ignore[method-assign]
     return model
