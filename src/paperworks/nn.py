@@ -9,6 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether `device` multiplies bfloat16 in hardware; where it does not, float32 is faster.
+
+    Example:
+        >>> multiplies_bfloat16("meta")
+        False
+    """
+    match torch.device(device).type:
+        case "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        case "cpu":
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        case _:
+            return False
+
+
 def pack_linears(model: nn.Module) -> nn.Module:
     """Lay out the weights of a frozen model's linear layers once for oneDNN, in place, so that few tokens cost little.
 

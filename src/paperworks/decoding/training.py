@@ -18,6 +18,7 @@ from paperworks.decoding.drafter import Drafter
 from paperworks.decoding.engine import generate
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TreeShape
+from paperworks.nn import multiplies_bfloat16
 
 Progress = Callable[[int], Any]
 
@@ -292,7 +293,8 @@ def train_drafter(
 ) -> list[float]:
     """Train `drafter` in place against the frozen `model`: AdamW, warm-up, then cosine decay.
 
-    Weights are kept in float32 while training, with bfloat16 products, and return to their dtype afterwards.
+    Weights are kept in float32 while training, with bfloat16 products where the hardware has them, and return to their
+    dtype afterwards.
 
     Args:
         drafter: Any drafter with a `loss`.
@@ -317,6 +319,7 @@ def train_drafter(
         raise ValueError("epochs and learning_rate must be positive and batch_size at least 1")
     target = Target(model)
     dtype = next(drafter.parameters()).dtype
+    mixed = dtype != torch.float64 and multiplies_bfloat16(target.device)
     drafter.float().train()
     steps = max(1, round(epochs * len(data) / batch_size))
     optimiser = torch.optim.AdamW(drafter.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
@@ -337,7 +340,7 @@ def train_drafter(
         tokens, hidden, mask = (
             part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
         )
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype != torch.float64):
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
             loss = drafter.loss(target, tokens, hidden.float(), mask)
         if not bool(loss.isfinite()):
             raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")

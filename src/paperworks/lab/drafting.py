@@ -31,9 +31,9 @@ def cpu_friendly_dtype() -> torch.dtype:
     """bfloat16 where the processor or GPU multiplies it in hardware, else float32."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    from paperworks.nn import multiplies_bfloat16
+
+    return torch.bfloat16 if multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
 def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
