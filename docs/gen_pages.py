@@ -6,9 +6,10 @@ from pathlib import Path
 
 import mkdocs_gen_files
 
+from paperworks.lab.records import interval, load_records, machine
 from paperworks.papers import ROOMS, load_cards
 
-cards = load_cards().values()
+cards, records = load_cards().values(), load_records()
 for room, purpose in ROOMS.items():
     papers = [paper for paper in cards if paper.room == room]
     lines = [f"# {room.capitalize()}", "", f"{purpose[0].upper()}{purpose[1:]}.", ""]
@@ -26,6 +27,12 @@ for room, purpose in ROOMS.items():
             lines += ["| claim | value | setting | against |", "| --- | --- | --- | --- |"]
             lines += [f"| {c.metric} | {c.value} {c.unit} | {c.setting} | {c.against} |" for c in paper.claims]
             lines.append("")
+        if record := records.get(paper.slug):
+            lines += ["| measured here | |", "| --- | --- |"]
+            for m in record["measurements"]:
+                name = f"{m.name}, {m.series}" if m.series else m.name
+                lines.append(f"| {name} | {interval(m)}{f' against {m.against}' if m.against else ''} |")
+            lines += ["", f"*{machine(record['environment'])}*", ""]
         public = Path(f"src/paperworks/{room}/__init__.py")
         exported = public.read_text() if public.is_file() else ""
         for name in paper.names:
