@@ -25,7 +25,7 @@ bench: .venv/dev.stamp
 	$(BIN)/paperworks bench
 
 docs: .venv/docs.stamp
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv site dist build

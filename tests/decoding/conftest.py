@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
-from paperworks.decoding import Hydra, Medusa, generate
+from paperworks.decoding import FSPAD, Chimera, Hydra, Medusa, RecursiveSpeculation, StochasticBeam, generate
 from paperworks.decoding.drafter import Drafter
 
 SIZES = dict(
@@ -30,6 +30,17 @@ DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "medusa": lambda model: Medusa.from_target(model, heads=3, tree=TREE),
     "hydra": lambda model: Hydra.from_target(model, heads=3, tree=TREE, tie_lm_head=False),
     "hydra++": lambda model: Hydra.from_target(model, heads=3, tree=TREE, layers=3, prefix_layer=True),
+    "chimera": lambda model: Chimera.from_target(model, heads=3, tree=TREE),
+    "chimera, untied": lambda model: Chimera.from_target(
+        model, heads=3, tree=TREE, context_layers=2, tie_lm_head=False, memoise=True
+    ),
+    "eagle-2": lambda model: FSPAD.from_target(
+        model, nodes=6, depth=3, top_k=2, feature_sampling=False, partial_alignment=False
+    ),
+    "fspad": lambda model: FSPAD.from_target(model, nodes=6, depth=3, top_k=2),
+    "rsd-s": lambda model: RecursiveSpeculation.from_target(
+        model, draft=make_model(vocab=len(model.get_output_embeddings().weight)), tree=StochasticBeam(2, 3)
+    ),
 }
 
 

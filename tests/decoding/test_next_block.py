@@ -123,6 +123,9 @@ def test_steps_are_tokens_over_block_size(block, calls):
     model.backbone.register_forward_hook(lambda *_: count.append(1))
     model.generate(2)
     assert len(count) == calls == math.prod(GRID) // math.prod(block)
+    count.clear()
+    model.generate(2, given=codes()[:, :1])
+    assert len(count) == calls / 2
 
 
 def test_probabilities_of_all_grids_sum_to_one_and_samples_match():
@@ -176,8 +179,8 @@ def test_blocks_and_grid_are_inverse_and_in_order():
 def test_saved_and_loaded_and_other_blocks(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    again = NextBlockPrediction.from_pretrained(tmp_path).double()
-    torch.testing.assert_close(again.log_prob(codes()), model.log_prob(codes()))
+    again = NextBlockPrediction.from_pretrained(tmp_path)
+    assert again.log_prob(codes()).equal(model.log_prob(codes()))
     wider = make((1, 1, 1)).with_block((1, 1, 3))
     assert wider.blocks == 4 and wider.head.weight.equal(make((1, 1, 1)).head.weight)
     with pytest.raises(ValueError, match="holds no saved NextBlockPrediction"):
@@ -191,7 +194,10 @@ def test_saved_and_loaded_and_other_blocks(tmp_path):
         (lambda: make().log_prob(codes().float()), "expected int64 codes"),
         (lambda: make().log_prob(codes(grid=(2, 2, 4))), "expected int64 codes"),
         (lambda: make().log_prob(codes() + 9), "within 0..4"),
+        (lambda: make().log_prob(codes()[:0]), "there are no clips"),
         (lambda: make(classes=2).generate(2), "takes a label for each of 2"),
+        (lambda: make(classes=2).generate(2, label=torch.tensor([0, 2])), r"labels must be within 0\.\.1"),
+        (lambda: make().generate(3, given=codes()[:, :1]), "frames of 3 clips"),
         (lambda: make().generate(0), "count must be at least 1"),
         (lambda: make().generate(2, given=codes()), "given frames must be fewer"),
         (lambda: make((2, 1, 3), grid=(4, 2, 3)).log_prob(codes(grid=(4, 2, 3)), given_frames=1), "fill blocks of 2"),

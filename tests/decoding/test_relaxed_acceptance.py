@@ -18,6 +18,7 @@ from tests.decoding.conftest import (
 )
 
 VOCAB = 16
+NEAR = nearest_codes(torch.arange(3.0)[:, None])
 
 
 def laws(seed: int, vocab: int = VOCAB, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +62,19 @@ def test_without_budget_the_law_is_the_targets_by_enumeration(setting, name, mon
         monkeypatch,
     )
     assert distance(law, model_law(model, prompt, 2)) < 1e-12
+
+
+def test_without_budget_and_with_top_k_the_law_is_that_of_exact_acceptance(monkeypatch):
+    model = make_model(vocab=4)
+    prompt = torch.tensor([[0, 2]])
+    drafter = scramble(DRAFTERS["hydra"](model))
+    drafter.tree = type(drafter.tree)([(0,), (1,), (0, 0)])
+    options = dict(drafter=drafter, max_new_tokens=2, temperature=1.0, top_k=2)
+    exact, relaxed = (
+        enumerate_law(lambda accept=accept: output(model, prompt, acceptance=accept, **options), monkeypatch)
+        for accept in (Exact(), RelaxedAcceptance(nearest_codes(codebook(vocab=4)), delta=0.0))
+    )
+    assert len(exact) == 4 and distance(exact, relaxed) < 1e-12
 
 
 def test_neighbours_of_no_probability_change_nothing_without_budget():
@@ -141,6 +155,28 @@ def test_output_law_of_one_step_is_its_closed_form_and_departs_further_than_delt
     assert (form - p[0]).abs().sum() / 2 > delta
 
 
+@pytest.mark.parametrize("mode", ["tv", "ratio"])
+def test_output_law_behind_deterministic_children_is_its_closed_form_by_enumeration(mode, monkeypatch):
+    departures = []
+    for seed in range(5):
+        p, _ = laws(seed, 6)
+        relaxed = RelaxedAcceptance(nearest_codes(codebook(seed, 6)), delta=0.3 if mode == "tv" else 1.8, mode=mode)
+        children = torch.tensor([[4, 1, 5]])
+        tree = TokenTree(torch.cat([torch.tensor([[0]]), children], 1), torch.tensor([[-1, 0, 0, 0]]))
+
+        def step(relaxed=relaxed, tree=tree, p=p):
+            result = relaxed(tree, p.log().expand(1, 4, -1), Sampling(1.0))
+            return int(tree.tokens[0, result.path[0, 1]] if result.lengths[0] == 2 else result.next_tokens[0])
+
+        law = enumerate_law(step, monkeypatch)
+        form = relaxed.output_law(p, children)[0]
+        assert distance(law, dict(enumerate(form.tolist()))) < 1e-12
+        departures.append(distance(law, dict(enumerate(p[0].tolist()))))
+        exact = RelaxedAcceptance(relaxed.nearest, neighbours=0).output_law(p, children)
+        torch.testing.assert_close(exact, p, atol=1e-12, rtol=0)
+    assert max(departures) > 0.05
+
+
 def test_duplicated_codes_keep_the_law_of_pairs_and_gain_acceptance():
     pairs = torch.randn(VOCAB // 2, 3, generator=torch.Generator().manual_seed(0))
     near = nearest_codes(pairs.repeat_interleave(2, dim=0), 1)
@@ -170,6 +206,39 @@ def test_greedy_is_exact_match_without_budget_and_accepts_all_with_the_whole():
     assert all(emitted == drafter.tree.depth + 1 for emitted in everything.statistics.emitted[0][:-1])
 
 
+@pytest.mark.parametrize(("mode", "delta"), [("tv", 0.1), ("tv", 0.3), ("ratio", 2.0)])
+def test_greedy_keeps_a_code_whose_set_reaches_the_largest_probability(mode, delta):
+    near = nearest_codes(codebook())
+    relaxed = RelaxedAcceptance(near, delta=delta, mode=mode)
+    kept, expected = [], []
+    for seed in range(10):
+        p, _ = laws(seed)
+        tree = TokenTree.chain(torch.stack([torch.zeros(VOCAB, dtype=torch.long), torch.arange(VOCAB)], 1))
+        result = relaxed(tree, p.log().expand(VOCAB, 2, -1), Sampling())
+        kept += (result.lengths == 2).tolist()
+        assert bool((result.next_tokens == p.argmax()).all())
+        for token in range(VOCAB):
+            total, own = 0.0, p[0, token].item()
+            for code in near[token].tolist():
+                if total + p[0, code] > (delta if mode == "tv" else (delta - 1) * own):
+                    break
+                total += p[0, code].item()
+            others = max(p[0, code].item() for code in range(VOCAB) if code != token)
+            expected.append(own + total >= others)
+    assert kept == expected and 0 < sum(kept) < len(kept)
+
+
+def test_neighbours_are_those_of_scikit_learn():
+    from sklearn.neighbors import NearestNeighbors
+
+    vectors = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    found = NearestNeighbors(n_neighbors=10).fit(vectors.numpy()).kneighbors(return_distance=False)
+    assert nearest_codes(vectors, 10).tolist() == found.tolist()
+    # What uint16 can hold is enough to store them.
+    stored = nearest_codes(vectors, 10).to(torch.uint16)
+    assert RelaxedAcceptance(stored).nearest.equal(nearest_codes(vectors, 10))
+
+
 def test_permuted_codes_give_permuted_results():
     order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
     vectors, (p, _) = codebook(), laws(1)
@@ -197,10 +266,18 @@ def test_tokens_that_are_no_codes_have_no_neighbours():
         (lambda: nearest_codes(torch.full((3, 2), torch.nan)), "finite vectors"),
         (lambda: nearest_codes(torch.zeros(3, 2), 3), r"within 0\.\.2"),
         (lambda: RelaxedAcceptance(torch.zeros(3, 2)), "code numbers"),
-        (lambda: RelaxedAcceptance(torch.zeros(3, 2).long(), delta=1.5), r"within \[0, 1\]"),
-        (lambda: RelaxedAcceptance(torch.zeros(3, 2).long(), delta=0.5, mode="ratio"), r"within \[1, inf\]"),
-        (lambda: RelaxedAcceptance(torch.zeros(3, 2).long(), neighbours=3), r"within 0\.\.2"),
-        (lambda: RelaxedAcceptance(torch.zeros(3, 2).long(), mode="both"), "tv or ratio"),
+        (lambda: RelaxedAcceptance(torch.tensor([[1], [1]])), r"other codes within 0\.\.1"),
+        (lambda: RelaxedAcceptance(torch.tensor([[1], [2]])), r"other codes within 0\.\.1"),
+        (lambda: RelaxedAcceptance(NEAR, delta=1.5), r"within \[0, 1\]"),
+        (lambda: RelaxedAcceptance(NEAR, delta=0.5, mode="ratio"), r"within \[1, inf\]"),
+        (lambda: RelaxedAcceptance(NEAR, neighbours=3), r"within 0\.\.2"),
+        (lambda: RelaxedAcceptance(NEAR, mode="both"), "tv or ratio"),
+        (
+            lambda: RelaxedAcceptance(NEAR, first_code=2)(
+                TokenTree.chain(torch.zeros(1, 1).long()), torch.zeros(1, 1, 4), Sampling(1.0)
+            ),
+            "do not fit a vocabulary of 4",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_sentence(call, message):

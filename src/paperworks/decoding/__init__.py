@@ -9,12 +9,26 @@ temperature 0), and a rejected branch leaves the key-value cache as it was.
 """
 
 from paperworks.decoding.acceptance import Acceptance, Accepted, Exact, Greedy, Typical
-from paperworks.decoding.cache import TreeCache
+from paperworks.decoding.cache import SlotCache, TreeCache
+from paperworks.decoding.chimera import Chimera
 from paperworks.decoding.drafter import Committed, Drafter
 from paperworks.decoding.engine import Generation, Statistics, as_custom_generate, generate, stream
+from paperworks.decoding.fspad import FSPAD
+from paperworks.decoding.guidance import ClassifierFreeGuidance
 from paperworks.decoding.hydra import Hydra, Medusa
+from paperworks.decoding.next_block import NextBlockPrediction
+from paperworks.decoding.ngram import NGramModel
+from paperworks.decoding.recursive_speculation import (
+    ConstantBranching,
+    IndependentSequences,
+    RecursiveSpeculation,
+    StochasticBeam,
+)
+from paperworks.decoding.relaxed_acceptance import RelaxedAcceptance, nearest_codes
 from paperworks.decoding.sampling import Sampling
+from paperworks.decoding.superposed import Drafts, SuperposedDecoding
 from paperworks.decoding.target import Target
+from paperworks.decoding.temporal_fusion import RequestHandle, ServingStatistics, TemporalFusion, compaction_plan
 from paperworks.decoding.training import (
     DraftingData,
     collect,
@@ -26,27 +40,45 @@ from paperworks.decoding.training import (
 from paperworks.decoding.tree import TokenTree, TreeShape
 
 __all__ = [
+    "FSPAD",
     "Acceptance",
     "Accepted",
+    "Chimera",
+    "ClassifierFreeGuidance",
     "Committed",
+    "ConstantBranching",
     "Drafter",
     "DraftingData",
+    "Drafts",
     "Exact",
     "Generation",
     "Greedy",
     "Hydra",
+    "IndependentSequences",
     "Medusa",
+    "NGramModel",
+    "NextBlockPrediction",
+    "RecursiveSpeculation",
+    "RelaxedAcceptance",
+    "RequestHandle",
     "Sampling",
+    "ServingStatistics",
+    "SlotCache",
     "Statistics",
+    "StochasticBeam",
+    "SuperposedDecoding",
     "Target",
+    "TemporalFusion",
     "TokenTree",
     "TreeCache",
     "TreeShape",
     "Typical",
     "as_custom_generate",
     "collect",
+    "compaction_plan",
     "fit_tree",
     "generate",
+    "nearest_codes",
     "rank_accuracy",
     "self_written",
     "stream",

@@ -113,3 +113,116 @@ class TreeCache(Cache):
             if layer.is_initialized:
                 index = torch.tensor(rows, device=layer.keys.device)
                 layer.keys, layer.values = layer.keys[index], layer.values[index]
+
+
+class _SlotLayer(_TreeLayer):
+    """One layer's memory, (rows, heads, capacity, dim), seen through a window of rows."""
+
+    def __init__(self, lengths: list[int], rows: int, capacity: int) -> None:
+        super().__init__(lengths)
+        self.rows, self.capacity = rows, capacity
+        self.window = slice(0, 0)
+        self.memory: tuple[Tensor, ...] = ()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.memory = tuple(
+            states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+        self.show(self.window)
+
+    def show(self, window: slice) -> None:
+        self.window = window
+        if self.is_initialized:
+            self.keys, self.values = (states[window] for states in self.memory)
+
+    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+        raise ValueError(
+            f"a row of this cache holds {self.capacity} tokens and one is at its end: make the cache with a larger capacity"
+        )
+
+
+class SlotCache(TreeCache):
+    """A `TreeCache` over memory for a fixed number of rows, of which a pass sees the contiguous window last shown.
+
+    Rows come, move and leave one by one: nothing but a row that moves is ever copied. Memory is taken at the first pass.
+
+    Args:
+        config: The model's configuration; it gives the number of layers.
+        rows: Rows there is memory for.
+        capacity: Tokens that a row holds at most.
+
+    Attributes:
+        lengths: Committed tokens of the rows in the window.
+
+    Raises:
+        ValueError: rows or capacity below 1; in a pass, a row that is full.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> cache = SlotCache(LlamaConfig(num_hidden_layers=2), rows=8, capacity=64)
+        >>> cache.show(2, 5)
+        >>> cache.lengths
+        [0, 0, 0]
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int, capacity: int) -> None:
+        super().__init__(config, rows)
+        if capacity < 1:
+            raise ValueError(f"a row needs room for at least one token, got capacity={capacity}")
+        self.layers = [_SlotLayer(self.lengths, rows, capacity) for _ in range(config.num_hidden_layers)]
+        self._all = self.lengths[:]
+        self._window = slice(0, 0)
+        self.show(0, rows)
+
+    def show(self, low: int, high: int) -> None:
+        """Let the passes that follow read and write rows `low` to `high`, `high` excluded."""
+        if not 0 <= low < high <= len(self._all):
+            raise ValueError(f"a window holds rows of 0 to {len(self._all)}, at least one, got {low} to {high}")
+        window = slice(low, high)
+        if window != self._window:
+            self._window = window
+            for layer in self.layers:
+                layer.show(window)
+        self.lengths[:] = self._all[window]
+
+    def commit(self, path: Tensor, counts: list[int]) -> None:
+        """Keep tokens of the rows in the window; see `TreeCache.commit`."""
+        super().commit(path, counts)
+        self._all[self._window] = self.lengths
+
+    def move(self, moves: dict[int, int]) -> None:
+        """Copy rows to free rows, `{source: destination}`, and leave the sources empty.
+
+        Raises:
+            ValueError: a destination holds tokens or is named twice.
+        """
+        if not moves:
+            return
+        sources, destinations = list(moves), list(moves.values())
+        if len({*destinations}) < len(moves) or any(self._all[row] for row in destinations):
+            raise ValueError(f"rows move to different free rows, got {moves} where rows hold {self._all} tokens")
+        longest = max(self._all[row] for row in sources)
+        for layer in self.layers:
+            for states in layer.memory:
+                states[destinations, :, :longest] = states[sources, :, :longest]
+        for source, destination in moves.items():
+            self._all[destination], self._all[source] = self._all[source], 0
+        self.lengths[:] = self._all[self._window]
+
+    def clear(self, row: int, *, erase: bool = False) -> None:
+        """Forget the tokens of a row; `erase` overwrites them too, which NaN or infinite states need.
+
+        A later row there masks what lies behind its own tokens, but weight 0 times NaN is NaN.
+        """
+        self._all[row] = 0
+        self.lengths[:] = self._all[self._window]
+        if erase:
+            for layer in self.layers:
+                for states in layer.memory:
+                    states[row].zero_()
+
+    def select(self, rows: list[int]) -> None:
+        """Not for this cache, whose memory stays where it is."""
+        raise TypeError("a SlotCache keeps all its rows: use `move`, `clear` and `show`")

@@ -101,7 +101,7 @@ class NextBlockPrediction(nn.Module):
         """
         past = cache.get_seq_length() if cache is not None else 0
         first = max(0, past - self.slots)
-        places = self.coordinates[first : first + tokens[0].numel()]
+        places = self.coordinates[first : first + tokens.shape[1] * self.slots]
         states = self.backbone.embed_tokens(tokens.flatten(1))
         states = states + sum(table(places[:, axis]) for axis, table in enumerate(self.places))
         if not past:
@@ -177,6 +177,9 @@ class NextBlockPrediction(nn.Module):
             raise ValueError(f"count must be at least 1, got {count}")
         if given is None:
             given = torch.zeros(count, 0, *self.grid[1:], dtype=torch.long, device=self.begin.device)
+        if given.ndim != 4 or len(given) != count:
+            raise ValueError(f"given must be frames of {count} clips (count, frames, rows, columns), got "
+                             f"{tuple(given.shape)}")  # fmt: skip
         sampling = Sampling(temperature, top_k, top_p)
         # The rest of the grid is filled in below; until then any code will do.
         whole = F.pad(given, (0, 0, 0, 0, 0, self.grid[0] - given.shape[1]))
@@ -221,7 +224,8 @@ class NextBlockPrediction(nn.Module):
             if config.pop("class") != cls.__name__:
                 raise ValueError("another class")
             model = cls(**config)
-            model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+            weights = load_file(Path(folder) / "model.safetensors")
+            model.to(weights["begin"].dtype).load_state_dict(weights)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{folder} holds no saved {cls.__name__} (config.json, model.safetensors): {error}"
@@ -235,11 +239,15 @@ class NextBlockPrediction(nn.Module):
                 f"expected int64 codes of shape (batch, {', '.join(map(str, self.grid))}), got {tokens.dtype} of shape "
                 f"{tuple(tokens.shape)}"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config["vocab_size"]:
+        if not len(tokens):
+            raise ValueError("there are no clips: give at least one")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config["vocab_size"]:
             raise ValueError(f"codes must be within 0..{self.config['vocab_size'] - 1}")
         if (label is None) != (self.label is None) or (label is not None and label.shape != tokens.shape[:1]):
             wanted = f"a label for each of {len(tokens)} clips" if self.label is not None else "no label"
             raise ValueError(f"this model takes {wanted}, got {None if label is None else tuple(label.shape)}")
+        if label is not None and not 0 <= int(label.min()) <= int(label.max()) < self.config["classes"]:
+            raise ValueError(f"labels must be within 0..{self.config['classes'] - 1}")
         if not 0 <= given_frames < self.grid[0] or given_frames % self.block[0]:
             raise ValueError(
                 f"given frames must be fewer than {self.grid[0]} and fill blocks of {self.block[0]}, got {given_frames}"

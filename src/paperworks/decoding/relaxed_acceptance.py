@@ -33,7 +33,8 @@ def nearest_codes(codebook: Tensor, count: int | None = None) -> Tensor:
         raise ValueError(f"count must be within 0..{len(codebook) - 1}, the number of other codes, got {count}")
     nearest = []
     for rows in torch.arange(len(codebook), device=codebook.device).split(1024):
-        distance = torch.cdist(codebook[rows].double(), codebook.double())
+        # The quicker way, by products, would tell duplicates apart.
+        distance = torch.cdist(codebook[rows].double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
         # A duplicate may be as near as the code itself, which must be out of the list all the same.
         distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
         nearest.append(distance.sort(dim=1, stable=True).indices[:, :count])
@@ -89,6 +90,12 @@ class RelaxedAcceptance(Exact):
     ) -> None:
         if nearest.ndim != 2 or nearest.is_floating_point():
             raise ValueError(f"nearest must be code numbers (codes, k), got {nearest.dtype} {tuple(nearest.shape)}")
+        nearest = nearest.long()  # they may come as uint16, which indexes nothing
+        own = torch.arange(len(nearest), device=nearest.device)[:, None]
+        if bool(((nearest < 0) | (nearest >= len(nearest)) | (nearest == own)).any()):
+            raise ValueError(
+                f"nearest must list other codes within 0..{len(nearest) - 1} for each of as many codes, as nearest_codes does"
+            )
         if mode not in ("tv", "ratio"):
             raise ValueError(f"mode must be tv or ratio, got {mode!r}")
         low, high = (0.0, 1.0) if mode == "tv" else (1.0, float("inf"))
@@ -99,13 +106,18 @@ class RelaxedAcceptance(Exact):
                 f"neighbours must be within 0..{nearest.shape[1]} and first_code not negative, got {neighbours} and "
                 f"{first_code}"
             )
-        self.nearest = nearest[:, : min(1000, nearest.shape[1]) if neighbours is None else neighbours].long()
+        self.nearest = nearest[:, : 1000 if neighbours is None else neighbours]
         self.delta, self.mode, self.first_code = delta, mode, first_code
 
     def __call__(
         self, tree: TokenTree, logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
     ) -> Accepted:
         """Accept a path and choose the token behind it."""
+        if self.first_code + len(self.nearest) > logits.shape[-1]:
+            raise ValueError(
+                f"{len(self.nearest)} codes from token {self.first_code} on do not fit a vocabulary of {logits.shape[-1]}: "
+                "check first_code, and that the codebook is the model's"
+            )
         if not sampling.greedy:
             return super().__call__(tree, logits, sampling, generator)
         check_logits(logits)
@@ -127,6 +139,27 @@ class RelaxedAcceptance(Exact):
         taken, near = self._taken(law, token)
         relaxed = law.scatter_add(1, near, -taken)
         return relaxed.scatter_add(1, token[:, None], taken.sum(-1, keepdim=True))
+
+    def output_law(self, law: Tensor, children: Tensor) -> Tensor:
+        """The law that one step really has, in closed form: how far it is from the target's is what relaxing costs.
+
+        Args:
+            law: The target's law at each node, (batch, vocab).
+            children: The drafted children of each node, in order and chosen deterministically, (batch, n).
+
+        Returns:
+            The law of the token that comes behind each node, (batch, vocab): the first child kept, else the last draw.
+        """
+        output, reached = torch.zeros_like(law), torch.ones_like(law[:, :1])
+        for token in children.T:
+            judged = self.judged_by(law, token)
+            chance = judged.gather(1, token[:, None])
+            output = output.scatter_add(1, token[:, None], reached * chance)
+            reached = reached * (1 - chance)
+            residual = judged.scatter(1, token[:, None], 0.0)
+            mass = residual.sum(-1, keepdim=True)
+            law = torch.where(mass > 0, residual / mass.clamp(min=torch.finfo(law.dtype).tiny), law)
+        return output + reached * law
 
     def _taken(self, law: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """Probability that each of a token's neighbours gives up to it, (batch, k), and which tokens they are."""

@@ -22,6 +22,19 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Medusa": ("Medusa", {}),
     "Hydra": ("Hydra", {}),
     "Hydra++": ("Hydra", {"prefix_layer": True, "layers": 4}),
+    "Chimera": ("Chimera", {}),
+    "Chimera, no trigrams": ("Chimera", {"trigram": False}),
+    "Chimera, no context": ("Chimera", {"context_layers": 0}),
+    # The published 60 nodes from 6 levels of 10 would cost more time than they save where 16 nodes are kept.
+    "EAGLE-2": ("FSPAD", {"feature_sampling": False, "partial_alignment": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, feature sampling": ("FSPAD", {"partial_alignment": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, partial alignment": ("FSPAD", {"feature_sampling": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, two layers": (
+        "FSPAD",
+        {"feature_sampling": False, "partial_alignment": False, "layers": 2, "depth": 4, "top_k": 4},
+    ),
+    "FSPAD": ("FSPAD", {"depth": 4, "top_k": 4}),
+    "First layer": ("RecursiveSpeculation", {"draft": 1}),
 }
 # Answer tokens written, and kept, at once.
 _PART = 12_000
@@ -139,12 +152,12 @@ def trained(
         tokens: Answer tokens that the target writes to train on.
         epochs: Passes over them.
         vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
-        nodes: Drafted tokens a call; the tree is fitted to what held-out text accepts.
+        nodes: Drafted tokens a call; a tree of fixed shape is fitted to what held-out text accepts.
         seed: Of text, order and weights.
         temperature: Of the text.
     """
     import paperworks.decoding
-    from paperworks.decoding import Drafter, fit_tree, train_drafter
+    from paperworks.decoding import Drafter, TreeShape, fit_tree, train_drafter
 
     kind, options = DRAFTERS[name]
 
@@ -164,7 +177,10 @@ def trained(
                 drafter, target, train, epochs=epochs, batch_size=batch,
                 generator=torch.Generator().manual_seed(seed), progress=bar.advance,
             )  # fmt: skip
-        fit_tree(drafter, target, held_out, nodes=nodes)
+        if isinstance(getattr(drafter, "tree", None), TreeShape):
+            fit_tree(drafter, target, held_out, nodes=nodes)
+        elif hasattr(drafter, "nodes"):
+            drafter.nodes = nodes
         drafter.save_pretrained(folder)
 
     key = {

@@ -1,0 +1,104 @@
+"""A smaller causal LM that drafts: it reads a growing token tree level by level, with a cache of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paperworks.decoding.cache import TreeCache
+from paperworks.decoding.drafter import Committed
+from paperworks.decoding.target import Target
+from paperworks.decoding.tree import TokenTree
+
+
+class DraftModel(Target):
+    """A draft model during one generation.
+
+    Its cache holds the committed text, the root included; the nodes of the tree that grows lie behind it.
+
+    Args:
+        model: A causal LM with the target's tokenizer.
+        batch: Rows.
+        vocabulary: Score only these tokens (ids), or None for all.
+
+    Raises:
+        TypeError, ValueError: as for `Target`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+        ... )
+        >>> draft = DraftModel(LlamaForCausalLM(config), batch=1)
+        >>> text = Committed(torch.tensor([[1, 2, 3]]), torch.zeros(1, 3, 32), [3])
+        >>> with torch.no_grad():
+        ...     behind_root = draft.read(text, torch.tensor([4]))
+        ...     behind_nodes = draft.extend(TokenTree(torch.tensor([[4, 5, 6]]), torch.tensor([[-1, 0, 0]])), first=1)
+        >>> behind_root.shape, behind_nodes.shape, draft.cache.lengths
+        (torch.Size([1, 1, 50]), torch.Size([1, 2, 50]), [4])
+    """
+
+    def __init__(self, model: nn.Module, batch: int, vocabulary: Tensor | None = None) -> None:
+        super().__init__(model)
+        self.cache = TreeCache(self.config, batch)
+        self.vocabulary = vocabulary
+        self.rows = self.head_rows(vocabulary)
+        self.forest: TokenTree | None = None
+
+    def read(self, committed: Committed, root: Tensor) -> Tensor:
+        """Read what was committed since the last call, and `root`; scores behind it, (batch, 1, vocab)."""
+        if not any(self.cache.lengths):
+            texts = zip(committed.tokens, committed.lengths, root, strict=True)
+            logits, _ = self.prefill([torch.cat([row[:n], last[None]]) for row, n, last in texts], self.cache)
+            return logits[:, None] if self.vocabulary is None else logits[:, None, self.vocabulary]
+        # The cache ends with the old root, with which `committed` begins; of what follows it, nodes may be there too.
+        known = self._keep(committed)
+        rows = [
+            torch.cat([row[1 + k : n], last[None]])
+            for row, n, k, last in zip(committed.tokens, committed.lengths, known, root, strict=True)
+        ]
+        chain = TokenTree.chain(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        scores = self._scores(chain, 0)
+        line = torch.arange(chain.tokens.shape[1], device=root.device).expand_as(chain.tokens)
+        self.cache.commit(line, [len(row) if n else 0 for row, n in zip(rows, committed.lengths, strict=True)])
+        ends = torch.tensor([len(row) - 1 for row in rows], device=root.device)
+        return scores[torch.arange(len(rows), device=root.device), ends][:, None]
+
+    def extend(self, tree: TokenTree, first: int) -> Tensor:
+        """Scores behind the nodes of `tree` from `first` on, (batch, nodes, vocab); those before have been read."""
+        # Behind a cache that ends with the root, the nodes below it are a forest.
+        self.forest = TokenTree(tree.tokens[:, 1:], (tree.parents[:, 1:] - 1).clamp(min=-1))
+        return self._scores(self.forest, first - 1)
+
+    def _scores(self, tree: TokenTree, known: int) -> Tensor:
+        """Scores behind all nodes but the first `known`, which lie in the cache already; nothing is committed."""
+        committed = self.cache.lengths[:]
+        positions = torch.tensor(committed, device=self.device)[:, None] + tree.depths[:, known:]
+        if self.context is not None:
+            positions = positions.clamp(max=self.context - 1)
+        mask: Any = self._mask(tree, committed)
+        mask = {kind: m[:, :, known:] for kind, m in mask.items()} if isinstance(mask, dict) else mask[:, :, known:]
+        keep = 0 if self.vocabulary is None else torch.empty(0, dtype=torch.long, device=self.device)
+        # New nodes go into the slots behind those read before, where the mask expects them.
+        self.cache.lengths[:] = [length + known for length in committed]
+        logits, hidden = self._forward(tree.tokens[:, known:], self.cache, positions, mask, keep)
+        self.cache.lengths[:] = committed
+        return logits if self.vocabulary is None else self.logits(hidden, self.rows)
+
+    def _keep(self, committed: Committed) -> list[int]:
+        """Commit those nodes of the last tree that were read and then accepted; how many of each row."""
+        lengths = torch.tensor(committed.lengths, device=self.device)
+        path, node = [], torch.full_like(lengths, -1)
+        if self.forest is not None:
+            for place, token in enumerate(committed.tokens.T[1:], start=1):
+                child = (self.forest.parents == node[:, None]) & (self.forest.tokens == token[:, None])
+                node = torch.where(child.any(-1) & (place < lengths), child.int().argmax(-1), -2)
+                path.append(node)
+        if not path:
+            return [0] * len(lengths)
+        nodes = torch.stack(path, dim=1)
+        counts: list[int] = (nodes >= 0).sum(1).tolist()
+        self.cache.commit(nodes, counts)
+        return counts
