@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paperworks.decoding import Drafter, Exact, Target, TreeCache, Typical, generate
+from paperworks.decoding import Drafter, Exact, RecursiveSpeculation, Target, TreeCache, Typical, generate
 from tests.decoding.conftest import (
     DRAFTERS,
     FAMILIES,
@@ -33,6 +33,8 @@ def test_output_law_is_the_targets_by_enumeration(name, monkeypatch):
     model = make_model(vocab=3)
     prompt = torch.tensor([[0, 2]])
     drafter = scramble(DRAFTERS[name](model))
+    if isinstance(drafter, RecursiveSpeculation):
+        pytest.skip("its trees are drawn at random; test_recursive_speculation enumerates those draws too")
     if name == "hydra":
         drafter.tree = type(drafter.tree)([(0,), (1,), (0, 0), (1, 1)])
     law = enumerate_law(lambda: output(model, prompt, drafter=drafter, max_new_tokens=3, temperature=1.0), monkeypatch)

@@ -103,10 +103,10 @@ class SuperposedDecoding:
             raise ValueError(f"alpha must be within (0, 1], got {alpha}; for no n-gram model leave ngram out")
         if not 0 <= penalty < -_RULED_OUT:
             raise ValueError(f"penalty must be a number of nats from 0 on, got {penalty}")
-        if ngram is not None and not 1 <= len(weights) < ngram.max_order:
+        if not weights or (ngram is not None and len(weights) >= ngram.max_order):
             raise ValueError(
-                f"weights must have 1 to {ngram.max_order - 1} entries, one for each length of context that the n-gram "
-                f"model knows, got {len(weights)}"
+                "weights are those of contexts of 1, 2, ... tokens: give at least one, and fewer than the n-gram model's "
+                f"max_order, got {len(weights)}"
             )
         if not all(0 <= weight < float("inf") for weight in weights):
             raise ValueError(f"weights must be finite and not negative, got {tuple(weights)}")
@@ -177,7 +177,7 @@ class SuperposedDecoding:
 
     def _contexts(self, prompts: list[Tensor]) -> Tensor:
         """The last tokens of each prompt, as many as the n-gram model looks at, -1 to the left of a shorter one."""
-        last = [prompt[len(prompt) - min(len(prompt), len(self.weights)) :].flip(0) for prompt in prompts]
+        last = [prompt[-len(self.weights) :].flip(0) for prompt in prompts]
         return nn.utils.rnn.pad_sequence(last, batch_first=True, padding_value=-1).flip(1)
 
     def _score(self, beam: Beam, tokens: Tensor, log_law: Tensor) -> Tensor:

@@ -190,6 +190,62 @@ def trained(
     return Drafter.from_pretrained(cached_folder("drafters", key, build), target)
 
 
+def distilled(
+    run: Run,
+    target: Any,
+    tokenizer: Any,
+    *,
+    model: str,
+    layers: int,
+    tokens: int,
+    epochs: float,
+    vocabulary: int,
+    seed: int,
+    temperature: float = 0.7,
+) -> Any:
+    """A small causal LM: the target's first layers, to which its law on its own text is taught; kept between runs.
+
+    The law is taught on the most frequent tokens only. As embedding and head stay the target's, that settles the states,
+    and with them the scores of all other tokens.
+
+    Args:
+        run: Shows progress.
+        target: The model to learn from.
+        tokenizer: Its tokenizer.
+        model: The target's name.
+        layers: How many layers to take.
+        tokens: Answer tokens that the target writes to learn from.
+        epochs: Passes over them.
+        vocabulary: Learn the scores of so many tokens; 0 for all.
+        seed: Of text and order.
+        temperature: Of the text.
+    """
+    from paperworks.decoding import Drafter, train_drafter
+    from paperworks.decoding.recursive_speculation import RecursiveSpeculation
+    from paperworks.nn import pack_linears
+
+    def build(folder: Path) -> None:
+        import torch
+
+        data = drafting_data(run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature)
+        words = data.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
+        student = RecursiveSpeculation.from_target(target, draft=layers, vocabulary=words)
+        # Small batches, as there is little text: many steps matter more than calm ones.
+        with run.progress(max(1, round(epochs * len(data) / 4)), f"distilling {layers} layers") as bar:
+            train_drafter(
+                student, target, data, epochs=epochs, batch_size=4,
+                generator=torch.Generator().manual_seed(seed), progress=bar.advance,
+            )  # fmt: skip
+        student.save_pretrained(folder)
+
+    key = {
+        "model": _identity(model, target), "layers": layers, "tokens": tokens, "epochs": epochs,
+        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "version": __version__,
+    }  # fmt: skip
+    student: Any = Drafter.from_pretrained(cached_folder("distilled", key, build), target)
+    return pack_linears(student.draft)
+
+
 def pit(
     run: Run,
     names: Sequence[str],
@@ -302,20 +358,27 @@ def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: i
     import copy
 
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     from paperworks.decoding import generate
 
     target, _, ids = prompt_ids(model, prompts, count, dtype=torch.float32)
-    rows = {"plain decoding": None, **{name: copy.deepcopy(drafter).float() for name, drafter in drafters.items()}}
-    same = dict.fromkeys(rows, 0)
-    for prompt in run.progress(ids, "comparing texts in float32"):
+    rows = [row[0] for row in ids]
+    padded = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    with run.progress(2 + len(drafters), "comparing texts in float32") as bar:
         with torch.inference_mode():
-            expected = target.generate(prompt, max_new_tokens=new_tokens, do_sample=False)
-        for name, drafter in rows.items():
-            text = generate(target, prompt, drafter=drafter, max_new_tokens=new_tokens).sequences
-            same[name] += text.tolist() == expected.tolist()
-    for name, number in same.items():
-        run.record("same text", number, unit=f"of {len(ids)}", better="higher", series=name)
+            expected = target.generate(padded, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        bar.advance()
+        for name, drafter in {"plain decoding": None, **drafters}.items():
+            in_float32 = None if drafter is None else copy.deepcopy(drafter).float()
+            texts = generate(
+                target, padded, attention_mask=mask, drafter=in_float32, max_new_tokens=new_tokens,
+                pad_token_id=int(target.generation_config.pad_token_id or 0),
+            ).sequences  # fmt: skip
+            same = sum(ours.tolist() == theirs.tolist() for ours, theirs in zip(texts, expected, strict=True))
+            run.record("same text", same, unit=f"of {count}", better="higher", series=name)
+            bar.advance()
 
 
 def _figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:

@@ -31,7 +31,7 @@ def superposed_decoding(
     model: str = "smollm2-135m",
     corpus: str = "standard library",
     corpus_tokens: int = 600_000,
-    prompt_count: int = 48,
+    prompt_count: int = 32,
     prompt_tokens: int = 15,
     new_tokens: int = 10,
     drafts: int = 3,

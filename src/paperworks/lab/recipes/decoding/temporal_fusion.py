@@ -63,7 +63,7 @@ def temporal_fusion(
     prompts: str = "built-in",
     requests: int = 16,
     shortest: int = 8,
-    longest: int = 64,
+    longest: int = 48,
     load: float = 10.0,
     max_concurrency: int = 16,
     batch: int = 8,
