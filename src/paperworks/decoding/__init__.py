@@ -9,12 +9,17 @@ temperature 0), and a rejected branch leaves the key-value cache as it was.
 """
 
 from paperworks.decoding.acceptance import Acceptance, Accepted, Exact, Greedy, Typical
+from paperworks.decoding.attribute_classifier import AttributeClassifier
 from paperworks.decoding.cache import SlotCache, TreeCache
 from paperworks.decoding.chimera import Chimera
+from paperworks.decoding.conditional_beam_search import ConditionalBeamSearch, Hypotheses, Mode, exact_mode
 from paperworks.decoding.drafter import Committed, Drafter
+from paperworks.decoding.dynamic_inference import Completion, DynamicInference
 from paperworks.decoding.engine import Generation, Statistics, as_custom_generate, generate, stream
+from paperworks.decoding.entropy_adaptive import EntropyAdaptiveDecoding, EntropySwitch
 from paperworks.decoding.fspad import FSPAD
 from paperworks.decoding.guidance import ClassifierFreeGuidance
+from paperworks.decoding.hidden_state_optimization import HiddenStateOptimization
 from paperworks.decoding.hydra import Hydra, Medusa
 from paperworks.decoding.next_block import NextBlockPrediction
 from paperworks.decoding.ngram import NGramModel
@@ -43,19 +48,28 @@ __all__ = [
     "FSPAD",
     "Acceptance",
     "Accepted",
+    "AttributeClassifier",
     "Chimera",
     "ClassifierFreeGuidance",
     "Committed",
+    "Completion",
+    "ConditionalBeamSearch",
     "ConstantBranching",
     "Drafter",
     "DraftingData",
     "Drafts",
+    "DynamicInference",
+    "EntropyAdaptiveDecoding",
+    "EntropySwitch",
     "Exact",
     "Generation",
     "Greedy",
+    "HiddenStateOptimization",
     "Hydra",
+    "Hypotheses",
     "IndependentSequences",
     "Medusa",
+    "Mode",
     "NGramModel",
     "NextBlockPrediction",
     "RecursiveSpeculation",
@@ -76,6 +90,7 @@ __all__ = [
     "as_custom_generate",
     "collect",
     "compaction_plan",
+    "exact_mode",
     "fit_tree",
     "generate",
     "nearest_codes",

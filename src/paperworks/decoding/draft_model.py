@@ -1,11 +1,13 @@
-"""A smaller causal LM that drafts: it reads a growing token tree level by level, with a cache of its own."""
+"""Draft models: a smaller causal LM reads a growing token tree level by level, with a cache of its own."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.drafter import Committed
@@ -102,3 +104,39 @@ class DraftModel(Target):
         counts: list[int] = (nodes >= 0).sum(1).tolist()
         self.cache.commit(nodes, counts)
         return counts
+
+
+def first_layers(model: Any, layers: int) -> Any:
+    """A causal LM made of copies of the first `layers` layers of `model`, of its embedding, its final norm and its head.
+
+    Embedding and head are frozen. Before it is trained such a model drafts poorly, see `RecursiveSpeculation`.
+
+    Raises:
+        ValueError: a model that is no plain transformers causal LM, or a number out of range.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> shallow = first_layers(model, 1)
+        >>> len(shallow.model.layers), bool((shallow.lm_head.weight == model.lm_head.weight).all())
+        (1, True)
+    """
+    target = Target(model)
+    whole = target.config.num_hidden_layers
+    if not isinstance(model, PreTrainedModel) or model.config is not target.config:
+        raise ValueError(f"cannot take the first layers of a {type(model).__name__}: give a draft model")
+    if not 1 <= layers < whole:
+        raise ValueError(f"a draft takes 1 to {whole - 1} of the target's {whole} first layers, got {layers}")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    shallow = type(model)(config).to(target.device, target.dtype).eval()
+    wanted = shallow.state_dict().keys()
+    shallow.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
+    for module in (shallow.get_input_embeddings(), shallow.get_output_embeddings()):
+        module.requires_grad_(False)
+    return shallow

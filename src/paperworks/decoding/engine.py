@@ -164,9 +164,9 @@ def stream(
     sampling = sampling or Sampling()
     statistics = statistics if statistics is not None else Statistics()
     target = Target(model)
-    prompts = _prompts(input_ids, attention_mask)
-    _check_lengths(target, prompts, max_new_tokens)
-    ends = _end_tokens(model, eos_token_id)
+    prompts = split_prompts(input_ids, attention_mask)
+    check_lengths(target, prompts, max_new_tokens)
+    ends = end_tokens(model, eos_token_id)
     accept = acceptance or (Greedy() if sampling.greedy else Exact())
     clock = _Clock(target.device if profile else None)
     batch = len(prompts)
@@ -256,7 +256,12 @@ def as_custom_generate(
     return decode
 
 
-def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+def split_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The prompts of a padded batch, each without its padding.
+
+    Raises:
+        ValueError: not integers of shape (batch, length), or a mask of another shape.
+    """
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not len(input_ids):
         raise ValueError(
             f"input_ids must be integers of shape (batch, length), got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
@@ -270,7 +275,8 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     return [row[keep.bool()] for row, keep in zip(input_ids, attention_mask, strict=True)]
 
 
-def _check_lengths(target: Target, prompts: list[Tensor], max_new_tokens: int) -> None:
+def check_lengths(target: Target, prompts: list[Tensor], max_new_tokens: int) -> None:
+    """Raise ValueError for an empty prompt, unknown token ids, or more tokens than the model's context holds."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for row, prompt in enumerate(prompts):
@@ -285,7 +291,8 @@ def _check_lengths(target: Target, prompts: list[Tensor], max_new_tokens: int) -
             )
 
 
-def _end_tokens(model: nn.Module, eos_token_id: int | list[int] | None) -> set[int]:
+def end_tokens(model: nn.Module, eos_token_id: int | list[int] | None) -> set[int]:
+    """The tokens that end a text: those given, else those of the model's generation config."""
     if eos_token_id is None:
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if isinstance(eos_token_id, Tensor):

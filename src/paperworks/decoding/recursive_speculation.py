@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from paperworks.decoding.draft_model import DraftModel
+from paperworks.decoding.draft_model import DraftModel, first_layers
 from paperworks.decoding.drafter import Committed, Drafter
 from paperworks.decoding.sampling import Sampling, draw
 from paperworks.decoding.target import Target
@@ -91,8 +90,8 @@ class ConstantBranching:
     """RSD-C: every node at depth l gets `branching[l]` children by Gumbel-top-k; (1, 1, 1) is a single sequence.
 
     Example:
-        >>> ConstantBranching((2, 2, 1)).nodes
-        10
+        >>> ConstantBranching((2, 2, 1)).depth
+        3
     """
 
     branching: tuple[int, ...]
@@ -107,15 +106,6 @@ class ConstantBranching:
         """Levels of drafted tokens."""
         return len(self.branching)
 
-    @property
-    def nodes(self) -> int:
-        """Drafted tokens a tree, all of which the target reads."""
-        total, width = 0, 1
-        for children in self.branching:
-            width *= children
-            total += width
-        return total
-
     def grow(self, level: Level, depth: int, log_p: Tensor, greedy: bool, generator: torch.Generator | None) -> Level:
         """Give every node of `level`, whose continuations have `log_p` (batch, width, n), its children."""
         return Level(*(part.flatten(1) for part in level.children(log_p, self.branching[depth], greedy, generator)))
@@ -129,11 +119,6 @@ class _Sequences:
     def __post_init__(self) -> None:
         _check_sizes(width=(self.width,), depth=(self.depth,))
 
-    @property
-    def nodes(self) -> int:
-        """Drafted tokens a tree, all of which the target reads."""
-        return self.width * self.depth
-
 
 class StochasticBeam(_Sequences):
     """RSD-S: stochastic beam search keeps at each depth the `width` sequences with the largest Gumbels.
@@ -142,8 +127,8 @@ class StochasticBeam(_Sequences):
     were kept.
 
     Example:
-        >>> StochasticBeam(width=3, depth=4).nodes
-        12
+        >>> StochasticBeam(width=3, depth=4)
+        StochasticBeam(width=3, depth=4)
     """
 
     draw: ClassVar[Draw] = "without_replacement"
@@ -165,8 +150,8 @@ class IndependentSequences(_Sequences):
     be rejected, but recursive rejection with replacement counts it as a draw.
 
     Example:
-        >>> IndependentSequences(width=3, depth=4).nodes
-        12
+        >>> IndependentSequences(width=3, depth=4)
+        IndependentSequences(width=3, depth=4)
     """
 
     draw: ClassVar[Draw] = "with_replacement"
@@ -357,36 +342,3 @@ class RecursiveSpeculation(Drafter):
         return distillation_loss(
             predictions, target, hidden, self.vocabulary, label_weight=0.0, teacher_weight=1.0, state_weight=0.0
         )  # fmt: skip
-
-
-def first_layers(model: Any, layers: int) -> Any:
-    """A causal LM made of copies of the first `layers` layers of `model`, of its embedding, its final norm and its head.
-
-    Embedding and head are frozen. Before it is trained (see `RecursiveSpeculation`) such a model drafts poorly.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
-        ... )
-        >>> model = LlamaForCausalLM(config)
-        >>> shallow = first_layers(model, 1)
-        >>> len(shallow.model.layers), bool((shallow.lm_head.weight == model.lm_head.weight).all())
-        (1, True)
-    """
-    target = Target(model)
-    whole = target.config.num_hidden_layers
-    if not isinstance(model, PreTrainedModel) or model.config is not target.config:
-        raise ValueError(f"cannot take the first layers of a {type(model).__name__}: give a draft model")
-    if not 1 <= layers < whole:
-        raise ValueError(f"a draft takes 1 to {whole - 1} of the target's {whole} first layers, got {layers}")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    shallow = type(model)(config).to(target.device, target.dtype).eval()
-    wanted = shallow.state_dict().keys()
-    shallow.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in wanted})
-    for module in (shallow.get_input_embeddings(), shallow.get_output_embeddings()):
-        module.requires_grad_(False)
-    return shallow

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
-from paperworks.decoding.engine import _check_lengths, _end_tokens, _prompts
+from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
 from paperworks.decoding.ngram import NGramModel
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
@@ -155,9 +155,9 @@ class SuperposedDecoding:
         """
         input_ids = input_ids[None] if input_ids.ndim == 1 else input_ids
         target = Target(self.model)
-        prompts = _prompts(input_ids, attention_mask)
-        _check_lengths(target, prompts, max_new_tokens)
-        ends = torch.tensor(sorted(_end_tokens(self.model, eos_token_id)), dtype=torch.long, device=target.device)
+        prompts = split_prompts(input_ids, attention_mask)
+        check_lengths(target, prompts, max_new_tokens)
+        ends = torch.tensor(sorted(end_tokens(self.model, eos_token_id)), dtype=torch.long, device=target.device)
         if self.top_tokens < self.drafts + len(ends):
             raise ValueError(
                 f"top_tokens must be at least {self.drafts + len(ends)}, so that {self.drafts} drafts can go on whatever "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import SlotCache
-from paperworks.decoding.engine import _check_lengths, _end_tokens, _prompts
+from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
 from paperworks.decoding.sampling import Sampling, check_logits, draw
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -315,10 +315,10 @@ class TemporalFusion:
             raise TypeError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
         ids = torch.as_tensor(prompt).clone()
         ids = ids if ids.numel() else ids.long()
-        prompts = _prompts(ids[None] if ids.ndim == 1 else ids, None)
+        prompts = split_prompts(ids[None] if ids.ndim == 1 else ids, None)
         if len(prompts) > 1:
             raise ValueError(f"a request is one prompt, got {len(prompts)}: submit them one by one")
-        _check_lengths(self.target, prompts, max_new_tokens)
+        check_lengths(self.target, prompts, max_new_tokens)
         if len(prompts[0]) + max_new_tokens > self.max_seq_len:
             raise ValueError(
                 f"the prompt has {len(prompts[0])} tokens and {max_new_tokens} more are asked for, but a slot holds "
@@ -328,7 +328,7 @@ class TemporalFusion:
         if own is None:
             own = torch.Generator(self.target.device)
             own.seed()
-        ends = _end_tokens(self.target.model, eos_token_id)
+        ends = end_tokens(self.target.model, eos_token_id)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the server is closed and takes no more requests: make another")

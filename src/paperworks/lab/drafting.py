@@ -35,6 +35,7 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "FSPAD": ("FSPAD", {"depth": 4, "top_k": 4}),
     "First layer": ("RecursiveSpeculation", {"draft": 1}),
+    "First 4 layers": ("RecursiveSpeculation", {"draft": 4}),
 }
 # Answer tokens written, and kept, at once.
 _PART = 12_000
@@ -188,62 +189,6 @@ def trained(
         "vocabulary": vocabulary, "nodes": nodes, "seed": seed, "temperature": temperature, "version": __version__,
     }  # fmt: skip
     return Drafter.from_pretrained(cached_folder("drafters", key, build), target)
-
-
-def distilled(
-    run: Run,
-    target: Any,
-    tokenizer: Any,
-    *,
-    model: str,
-    layers: int,
-    tokens: int,
-    epochs: float,
-    vocabulary: int,
-    seed: int,
-    temperature: float = 0.7,
-) -> Any:
-    """A small causal LM: the target's first layers, to which its law on its own text is taught; kept between runs.
-
-    The law is taught on the most frequent tokens only. As embedding and head stay the target's, that settles the states,
-    and with them the scores of all other tokens.
-
-    Args:
-        run: Shows progress.
-        target: The model to learn from.
-        tokenizer: Its tokenizer.
-        model: The target's name.
-        layers: How many layers to take.
-        tokens: Answer tokens that the target writes to learn from.
-        epochs: Passes over them.
-        vocabulary: Learn the scores of so many tokens; 0 for all.
-        seed: Of text and order.
-        temperature: Of the text.
-    """
-    from paperworks.decoding import Drafter, train_drafter
-    from paperworks.decoding.recursive_speculation import RecursiveSpeculation
-    from paperworks.nn import pack_linears
-
-    def build(folder: Path) -> None:
-        import torch
-
-        data = drafting_data(run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature)
-        words = data.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
-        student = RecursiveSpeculation.from_target(target, draft=layers, vocabulary=words)
-        # Small batches, as there is little text: many steps matter more than calm ones.
-        with run.progress(max(1, round(epochs * len(data) / 4)), f"distilling {layers} layers") as bar:
-            train_drafter(
-                student, target, data, epochs=epochs, batch_size=4,
-                generator=torch.Generator().manual_seed(seed), progress=bar.advance,
-            )  # fmt: skip
-        student.save_pretrained(folder)
-
-    key = {
-        "model": _identity(model, target), "layers": layers, "tokens": tokens, "epochs": epochs,
-        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "version": __version__,
-    }  # fmt: skip
-    student: Any = Drafter.from_pretrained(cached_folder("distilled", key, build), target)
-    return pack_linears(student.draft)
 
 
 def pit(

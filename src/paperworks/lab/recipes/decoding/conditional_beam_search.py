@@ -27,9 +27,9 @@ _METHOD = "conditional beam search"
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 3,
-        "train_prompts": 8,
+        "train_prompts": 4,
         "samples": 4,
-        "new_tokens": 24,
+        "new_tokens": 20,
         "num_beams": 2,
         "candidates": 4,
         "text": "built-in",
@@ -98,11 +98,12 @@ def conditional_beam_search(
     # Steps as small as those of the states are lost in bfloat16.
     target, tokenizer = load_model(model, dtype=torch.float32, device=device)
     target.requires_grad_(False)
+    tokens = _blocks(tokenizer, text, blocks, block).to(device)
     wrong = _search(
         run, target, tokenizer, model, prompt_count, train_prompts, samples, new_tokens, seed, num_beams=num_beams,
         candidates=candidates, weight=weight, length_penalty=length_penalty,
     )  # fmt: skip
-    curves = _read(run, target, tokenizer, text, blocks, block, window=window, learning_rate=learning_rate)
+    curves = _read(run, target, tokens, window=window, learning_rate=learning_rate)
     run.figure(_figure(wrong, curves))
 
 
@@ -257,13 +258,10 @@ def _classifier(
     return AttributeClassifier.from_pretrained(folder, device=target.device)
 
 
-def _read(
-    run: Run, target: Any, tokenizer: Any, text: str, blocks: int, block: int, **options: Any
-) -> dict[str, list[float]]:
-    """Read blocks of text plainly and with learning states; log-loss in each tenth of a block."""
+def _blocks(tokenizer: Any, text: str, blocks: int, block: int) -> torch.Tensor:
+    """The beginning of a text as token ids, (blocks, block)."""
     import torch
 
-    from paperworks.decoding.hidden_state_optimization import HiddenStateOptimization
     from paperworks.errors import UsageError
     from paperworks.lab.hub import TextData, load_dataset
     from paperworks.lab.hub import prompts as load_prompts
@@ -275,11 +273,20 @@ def _read(
         if not isinstance(data, TextData):
             raise UsageError(f"{text} is no running text: give wikitext-2, a .txt file or built-in")
         words = data.text
-    # Tokens are rarely longer than six characters; what is read beyond the blocks is dropped.
+    # A token has four characters or so: twice that is enough, and a long text is not encoded for nothing.
     ids = tokenizer.encode(words[: 8 * blocks * block], add_special_tokens=False, verbose=False)
     if len(ids) < blocks * block:
         raise UsageError(f"{text} has {len(ids)} tokens, too few for {blocks} blocks of {block}: ask for fewer")
-    tokens = torch.tensor(ids[: blocks * block], device=target.device).view(blocks, block)
+    return torch.tensor(ids[: blocks * block]).view(blocks, block)
+
+
+def _read(run: Run, target: Any, tokens: torch.Tensor, **options: Any) -> dict[str, list[float]]:
+    """Read blocks of text (blocks, block) plainly and with learning states; log-loss in each eighth of a block."""
+    import torch
+
+    from paperworks.decoding.hidden_state_optimization import HiddenStateOptimization
+
+    blocks, block = tokens.shape
     readers = {
         "plain": HiddenStateOptimization(target, steps=0, window=block),
         "hidden-state optimisation": HiddenStateOptimization(target, **options),

@@ -26,7 +26,7 @@ _SHARES = (0.25, 0.5, 0.75)
     baseline="large alone",
     tiny={
         "model": "tiny-random-llama",
-        "small": "1",
+        "small": "First layer",
         "prompt_count": 3,
         "calibration_prompts": 2,
         "new_tokens": 16,
@@ -47,15 +47,15 @@ _SHARES = (0.25, 0.5, 0.75)
 def entropy_adaptive_decoding(
     run: Run,
     model: str = "smollm2-135m",
-    small: str = "4",
+    small: str = "First 4 layers",
     prompts: Literal["built-in", "mt_bench", "gsm8k"] = "built-in",
     prompt_count: int = 12,
     calibration_prompts: int = 4,
     new_tokens: int = 64,
     window: int = 5,
     min_stay: int = 10,
-    train_tokens: int = 40_000,
-    epochs: float = 2.0,
+    train_tokens: int = 24_000,
+    epochs: float = 3.0,
     vocabulary: int = 8192,
     seed: int = 0,
 ) -> None:
@@ -68,7 +68,7 @@ def entropy_adaptive_decoding(
     Args:
         run: Keeps what is measured.
         model: Name of the large model.
-        small: Name of a smaller model with the same tokenizer, or a number: so many first layers of the large one,
+        small: Name of a smaller model with the same tokenizer; or "First 4 layers" or "First layer" of the large one,
             which learn its law from text that it writes itself.
         prompts: Prompts to continue, evenly spread over their set; with gsm8k accuracy is measured too.
         prompt_count: How many of them.
@@ -78,20 +78,22 @@ def entropy_adaptive_decoding(
         min_stay: Tokens between two switches at least.
         train_tokens: Answer tokens the large model writes for the first layers to learn from.
         epochs: Passes over them.
-        vocabulary: Most frequent tokens whose scores they learn; 0 for all.
+        vocabulary: Most frequent tokens whose scores they learn; 0 for all. As embedding and head stay the large
+            model's, that settles the states, and with them the scores of all other tokens.
         seed: Of text, order and random turns.
     """
     from paperworks.decoding.entropy_adaptive import EntropyAdaptiveDecoding, EntropySwitch
-    from paperworks.lab.drafting import cpu_friendly_dtype, distilled, encode, load_target
+    from paperworks.lab.drafting import DRAFTERS, cpu_friendly_dtype, encode, load_target, trained
+    from paperworks.nn import pack_linears
 
     questions, numbers = _questions(prompts, calibration_prompts + prompt_count)
     large, tokenizer = load_target(model, dtype=cpu_friendly_dtype())
-    if small.isdecimal():
-        words = tokenizer
-        little = distilled(
-            run, large, tokenizer, model=model, layers=int(small), tokens=train_tokens, epochs=epochs,
-            vocabulary=vocabulary, seed=seed,
+    if DRAFTERS.get(small, ("",))[0] == "RecursiveSpeculation":
+        student: Any = trained(
+            run, small, large, tokenizer, model=model, tokens=train_tokens, epochs=epochs,
+            vocabulary=vocabulary, nodes=1, seed=seed,
         )  # fmt: skip
+        little, words = pack_linears(student.draft), tokenizer
     else:
         little, words = load_target(small, dtype=cpu_friendly_dtype())
     ids = [encode(tokenizer, text).to(large.device) for text in questions]

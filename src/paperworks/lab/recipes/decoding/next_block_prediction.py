@@ -235,7 +235,9 @@ def _trained(
     from paperworks.lab.cache import cached_folder
     from paperworks.lab.images import fit
 
-    codes, grid = len(codebook.vectors), tuple(tokens.shape[1:])
+    codes = len(codebook.vectors)
+    frames, rows, columns = tokens.shape[1:]
+    grid = (frames, rows, columns)
 
     def build(folder: Path) -> None:
         torch.manual_seed(seed)

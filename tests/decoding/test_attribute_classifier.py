@@ -1,0 +1,138 @@
+"""The attribute classifier: labels, calibration against a grid, and laws that can be enumerated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from paperworks.decoding import collect, generate
+from paperworks.decoding.attribute_classifier import AttributeClassifier, _temperature, degeneracy
+from paperworks.decoding.training import DraftingData
+from tests.decoding.conftest import make_model, model_law
+
+
+@pytest.mark.parametrize(
+    "tokens, options, expected",
+    [
+        ([], {}, "empty"),
+        ([0], {}, "empty"),
+        ([5, 6, 0], {}, None),
+        ([5, 6, 1], {}, None),  # either end token ends
+        ([5, 6], {}, "unfinished"),
+        ([5, 6, 5, 6, 5, 6, 5, 6, 5, 6], {}, "repetitive"),  # worse than merely unfinished
+        ([5, 6, 7, 8, 5, 6, 7, 8, 0], {}, None),  # 1 of 5 sequences of four comes back: 0.2
+        ([5, 6, 7, 8, 9, 5, 6, 7, 8, 0], {"repeated": 0.16}, "repetitive"),  # 1 of 6
+        ([5, 6, 7, 8, 9, 5, 6, 7, 8, 0], {"repeated": 0.17}, None),
+        ([5, 5, 0], {"ngram": 1}, "repetitive"),
+        ([5, 6, 7, 0], {"lengths": (4, 9)}, "short"),
+        ([5, 6, 7, 0], {"lengths": (1, 2)}, "long"),
+        ([5, 6, 7, 0], {"lengths": (3, 3)}, None),
+    ],
+)
+def test_what_is_wrong_with_a_text(tokens, options, expected):
+    assert degeneracy(tokens, {0, 1}, **options) == expected
+
+
+def sampled(model, count, tokens):
+    """Texts sampled from the model, and whether token 1 is in them."""
+    prompt = torch.tensor([[0, 2]])
+    texts = generate(
+        model, prompt.expand(count, -1), max_new_tokens=tokens, temperature=1.0, eos_token_id=[],
+        generator=torch.Generator().manual_seed(1),
+    ).new_tokens  # fmt: skip
+    return collect(model, [([0, 2], text) for text in texts]), torch.tensor([1 in text for text in texts]), prompt
+
+
+def test_prefixes_are_judged_as_the_law_of_the_model_has_it():
+    """Three tokens, texts of three: p(a | prefix) by enumeration, for every prefix."""
+    model = make_model(vocab=3)
+    data, labels, prompt = sampled(model, 4000, 3)
+    torch.manual_seed(0)
+    classifier = AttributeClassifier.from_target(model, max_new_tokens=3)
+    fit = classifier.fit(
+        data, labels, learning_rate=3e-3, epochs=30, weight_decay=0.0, generator=torch.Generator().manual_seed(0)
+    )
+    assert fit.held_out_loss < 0.7 * fit.prior_loss
+    law = model_law(model, prompt, 3)
+    judged = 0
+    prefixes = {text[:end] for text in law for end in (1, 2, 3)}
+    for prefix in prefixes:
+        texts = {text: chance for text, chance in law.items() if text[: len(prefix)] == prefix}
+        mass = sum(texts.values())
+        chance = sum(value for text, value in texts.items() if 1 in text) / mass
+        ids = torch.cat([prompt, torch.tensor([prefix])], dim=1)
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[-1][:, -1]
+            said = float(classifier(hidden, ids[:, 2:]).exp())
+        if mass > 0.05:  # rarer ones have too few samples to learn from
+            assert said == pytest.approx(chance, abs=0.12), prefix
+            judged += 1
+    assert judged > 6
+
+
+def test_temperature_is_the_best_of_a_grid():
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(2000, generator=generator)
+    truth = (torch.rand(2000, generator=generator) < honest.sigmoid()).float()
+    found = _temperature(3 * honest, truth)
+    grid = [1 + step / 100 for step in range(500)]
+    best = min(grid, key=lambda t: float(F.binary_cross_entropy_with_logits(3 * honest / t, truth)))
+    assert found == pytest.approx(best, abs=0.02) and found == pytest.approx(3, abs=0.4)
+
+
+def test_overfitted_classifier_is_cooled_until_it_is_no_worse_than_the_base_rate():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 2, 64, generator=generator)
+    labels = torch.rand(40, generator=generator) < 0.5
+    data = DraftingData(torch.zeros(40, 2, dtype=torch.long), hidden, torch.ones(40, 2, dtype=torch.bool))
+    torch.manual_seed(0)
+    classifier = AttributeClassifier(64, 2)
+    fit = classifier.fit(data, labels, epochs=100, learning_rate=1e-2, generator=generator)
+    assert fit.temperature > 3 and fit.losses[-1] < 0.05
+    assert fit.held_out_loss < fit.prior_loss + 0.05
+
+
+@pytest.mark.parametrize("width", [0, 16])
+def test_saved_and_loaded_classifier_says_the_same(width, tmp_path):
+    model = make_model(vocab=3)
+    data, labels, _ = sampled(model, 60, 3)
+    classifier = AttributeClassifier.from_target(model, max_new_tokens=3, width=width)
+    classifier.fit(data, labels, epochs=2)
+    classifier.save_pretrained(tmp_path / "saved")
+    again = AttributeClassifier.from_pretrained(tmp_path / "saved")
+    hidden, tokens = torch.randn(2, 5, 16), torch.zeros(2, 5, 2, dtype=torch.long)
+    assert torch.equal(again(hidden, tokens), classifier(hidden, tokens))
+    assert classifier(hidden, tokens).shape == (2, 5) and bool((classifier(hidden, tokens) < 0).all())
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_same_seed_same_classifier():
+    model = make_model(vocab=3)
+    data, labels, _ = sampled(model, 60, 3)
+    fits = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        classifier = AttributeClassifier.from_target(model, max_new_tokens=3)
+        fits.append(classifier.fit(data, labels, epochs=2, generator=torch.Generator().manual_seed(seed)).losses)
+    assert fits[0] == fits[1] != fits[2]
+
+
+def test_bad_input_is_refused(tmp_path):
+    model = make_model(vocab=3)
+    data, labels, _ = sampled(model, 20, 3)
+    classifier = AttributeClassifier.from_target(model, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"bool of shape \(20,\)"):
+        classifier.fit(data, labels[1:])
+    with pytest.raises(ValueError, match="bool of shape"):
+        classifier.fit(data, labels.float())
+    with pytest.raises(ValueError, match="the same label"):
+        classifier.fit(data, torch.ones_like(labels))
+    with pytest.raises(ValueError, match="held_out must be within"):
+        classifier.fit(data, labels, held_out=1.0)
+    with pytest.raises(ValueError, match="width at least 0"):
+        AttributeClassifier(4, 3, width=-1)
+    with pytest.raises(ValueError, match="repeated within"):
+        degeneracy([1], {0}, repeated=2.0)
+    with pytest.raises(ValueError, match="no saved attribute classifier"):
+        AttributeClassifier.from_pretrained(tmp_path)
