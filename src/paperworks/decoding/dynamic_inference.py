@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paperworks.decoding.engine import Generation, Statistics, _check_lengths, _end_tokens, _prompts
+from paperworks.decoding.engine import Generation, Statistics, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.layer_exit import Action, ExitCache, Policy, layer_outputs, layers_of, read_token
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
@@ -33,7 +33,7 @@ def choose(probabilities: Tensor, exit_threshold: float, stop_threshold: float) 
         [2, 1]
     """
     value, best = probabilities.max(-1)
-    sure = ((best == Action.STOP) & (value > stop_threshold)) | ((value > exit_threshold))
+    sure = ((best == Action.STOP) & (value > stop_threshold)) | ((best == Action.EXIT) & (value > exit_threshold))
     return torch.where(sure, best, int(Action.CONTINUE))
 
 
@@ -245,15 +245,15 @@ class DynamicInference(nn.Module):
         Raises:
             ValueError: several prompts, an empty one, or one longer than the context; NaN logits.
         """
-        prompts = _prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, None)
+        prompts = split_prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, None)
         if len(prompts) > 1:
             raise ValueError(
                 f"got {len(prompts)} prompts, but each token leaves the model at a layer of its own: complete them one by one"
             )
         begin = perf_counter()
         target = Target(self.model)
-        _check_lengths(target, prompts, max_new_tokens)
-        ends = _end_tokens(self.model, eos_token_id)
+        check_lengths(target, prompts, max_new_tokens)
+        ends = end_tokens(self.model, eos_token_id)
         policy = policy or self._policy(exit_threshold, stop_threshold)
         cache = ExitCache(target.config, 1)
         logits = target.prefill(prompts, cache)[0]
