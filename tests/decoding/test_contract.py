@@ -124,6 +124,8 @@ def test_cache_after_a_rejected_branch_equals_one_built_from_scratch(family, pro
 def test_tree_attention_equals_every_path_run_alone(family, implementation):
     model = make_model(family, implementation=implementation)
     target = Target(model)
+    # transformers' eager attention normalises in float32 whatever the model's type.
+    close = {"atol": 1e-5 if implementation == "eager" else 1e-9, "rtol": 0}
     shape = DRAFTERS["hydra"](model).tree
     prompts = [torch.tensor([3, 1, 2, 0, 2, 9, 9, 4]), torch.tensor([5, 6])]
     cache = TreeCache(target.config, 2)
@@ -137,8 +139,8 @@ def test_tree_attention_equals_every_path_run_alone(family, implementation):
                 path = tree.ancestors[row, node].nonzero()[:, 0]
                 ids = torch.cat([prompt, tokens[row, path]])[None]
                 alone = model(ids, output_hidden_states=True)
-                torch.testing.assert_close(logits[row, node], alone.logits[0, -1], atol=1e-9, rtol=0)
-                torch.testing.assert_close(hidden[row, node], alone.hidden_states[-1][0, -1], atol=1e-9, rtol=0)
+                torch.testing.assert_close(logits[row, node], alone.logits[0, -1], **close)
+                torch.testing.assert_close(hidden[row, node], alone.hidden_states[-1][0, -1], **close)
 
 
 def test_exact_acceptance_of_a_random_model_passes_chi_square(model, prompt):

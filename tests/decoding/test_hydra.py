@@ -294,6 +294,7 @@ def test_text_is_written_through_the_chat_template():
         answer_tokens=8,
         question_tokens=4,
         batch_size=5,
+        temperature=0.0,
         generator=torch.Generator().manual_seed(0),
     )
     assert sum(len(answer) for _, answer in pairs) >= 30

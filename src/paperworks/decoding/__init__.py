@@ -5,7 +5,10 @@ or a decoder of its own. Drafters and acceptances go through one loop, `generate
 `model.generate(custom_generate=as_custom_generate(...))`.
 
 What each keeps to: with `Greedy` or `Exact` acceptance any drafter gives exactly the target's law (its greedy text at
-temperature 0), and a rejected branch leaves the key-value cache as it was.
+temperature 0), and a rejected branch leaves the key-value cache as it was. `TemporalFusion` serves many requests in one
+stream of passes. The other decoders (`SuperposedDecoding`, `EntropyAdaptiveDecoding`, `DynamicInference`,
+`NextBlockPrediction`, `ConditionalBeamSearch`, `HiddenStateOptimization`) take the model first and have a `generate` of
+their own, as what they return is theirs alone.
 """
 
 from paperworks.decoding.acceptance import Acceptance, Accepted, Exact, Greedy, Typical

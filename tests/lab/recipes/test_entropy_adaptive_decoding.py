@@ -34,10 +34,9 @@ def figures(run):
 def test_the_whole_curve_is_measured_at_equal_cost():
     run = execute("entropy-adaptive-decoding", scale="tiny", show_progress=False)
     found = figures(run)
-    for series, share in (("large alone", 1), ("small alone", 0)):
-        assert found["large fraction", series, None].value == share
+    assert found["large fraction", "small alone", None].value == 0
     assert found["agreement", "large alone", None].value > 0.95 > found["agreement", "small alone", None].value
-    assert found["cost", "large alone", None].value == 1 > found["cost", "small alone", None].value
+    assert found["cost", "small alone", None].value < found["cost", "EAD 50%", None].value < 1
     for share in SHARES:
         own = found["large fraction", f"EAD {share}", None].value
         for kind in ("random", "even"):

@@ -15,6 +15,7 @@ from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
+    from paperworks.decoding import Generation
     from paperworks.decoding.entropy_adaptive import Model, SwitchedGeneration
     from paperworks.lab.measure import Ratio
 
@@ -82,7 +83,7 @@ def entropy_adaptive_decoding(
             model's, that settles the states, and with them the scores of all other tokens.
         seed: Of text, order and random turns.
     """
-    from paperworks.decoding.entropy_adaptive import EntropyAdaptiveDecoding, EntropySwitch
+    from paperworks.decoding import EntropyAdaptiveDecoding, EntropySwitch, generate
     from paperworks.lab.drafting import DRAFTERS, cpu_friendly_dtype, encode, load_target, trained
     from paperworks.nn import pack_linears
 
@@ -104,7 +105,12 @@ def entropy_adaptive_decoding(
         for share in run.progress(_SHARES, "calibrating thresholds")
     }
     ids, numbers = ids[calibration_prompts:], numbers[calibration_prompts:]
+    plain: dict[int, Generation] = {}
     made: dict[str, dict[int, SwitchedGeneration]] = {}
+
+    def large_alone(index: int) -> int:
+        plain[index] = generate(large, ids[index], max_new_tokens=new_tokens)
+        return len(plain[index].new_tokens[0])
 
     def writing(name: str, switch: Callable[[int], Any]) -> Callable[[int], int]:
         made[name] = {}
@@ -126,36 +132,39 @@ def entropy_adaptive_decoding(
                 lambda index, own=own, turns=turns: Turns(turns(made[own][index].models, seed + index)),  # type: ignore[misc]
             )
     speed_up = run.compare(
-        baseline=("large alone", writing("large alone", lambda index: replace(rule, threshold=-1.0, start="large"))),
+        baseline=("large alone", large_alone),
         method=methods,
         over=range(len(ids)),
         repeats=1,
         unit="tokens/s",
     )
-    texts = {name: [rows[index] for index in range(len(ids))] for name, rows in made.items()}
+    order = range(len(ids))
+    switched = {name: [rows[index] for index in order] for name, rows in made.items()}
+    texts: dict[str, Sequence[Any]] = {"large alone": [plain[index] for index in order], **switched}
     agreement: dict[str, list[float]] = {name: [] for name in texts}
-    for index, prompt in enumerate(run.progress(ids, "reading all texts with the large model")):
-        continuations = [rows[index].sequences[0, prompt.shape[1] :] for rows in texts.values()]
-        for name, value in zip(texts, _own_choices(large, prompt, continuations), strict=True):
+    for index in run.progress(order, "reading all texts with the large model"):
+        continuations = [rows[index].sequences[0, ids[index].shape[1] :] for rows in texts.values()]
+        for name, value in zip(texts, _own_choices(large, ids[index], continuations), strict=True):
             agreement[name].append(value)
-    right = {name: [float(_last_number(tokenizer.decode(text.new_tokens[0])) == number)
-                    for text, number in zip(rows, numbers, strict=True)] for name, rows in texts.items()} if any(numbers) else {}  # fmt: skip
+    right: dict[str, list[float]] = {}
     for name, rows in texts.items():
         run.record("agreement", fmean(agreement[name]), unit="of tokens", better="higher", series=name)
-        for what, unit in (
-            ("large_fraction", "of tokens"),
-            ("cost", "of large alone"),
-            ("real_cost", "of large alone"),
-        ):
-            value = fmean(getattr(text, what) for text in rows)
-            run.record(what.replace("_", " "), value, unit=unit, better="lower", series=name)
-        run.record("switches", fmean(text.switches for text in rows), unit="a text", better="lower", series=name)
-        if right:
+        if prompts == "gsm8k":
+            found = [_last_number(tokenizer.decode(text.new_tokens[0])) for text in rows]
+            right[name] = [float(one == other) for one, other in zip(found, numbers, strict=True)]
             run.record("accuracy", fmean(right[name]), unit="of answers", better="higher", series=name)
+    for name, written in switched.items():
+        for what, unit in (
+            ("large_fraction", "of tokens"), ("cost", "of large alone"), ("real_cost", "of large alone"),
+            ("switches", "a text"),
+        ):  # fmt: skip
+            value = fmean(getattr(text, what) for text in written)
+            run.record(what.replace("_", " "), value, unit=unit, better="lower", series=name)
     for share in _SHARES:
-        alone = zip(agreement["small alone"], texts[f"EAD {share:.0%}"], strict=True)
+        # A prompt that is the large model's with the chance f: in the mean f of its quality and 1 - f of the small one's.
+        parts = [(text.large_fraction, index) for index, text in enumerate(switched[f"EAD {share:.0%}"])]
         agreement[f"whole prompts {share:.0%}"] = [
-            text.large_fraction + (1 - text.large_fraction) * a for a, text in alone
+            f * agreement["large alone"][index] + (1 - f) * agreement["small alone"][index] for f, index in parts
         ]
     advantage = {
         (kind, series): run.ratio(
@@ -173,13 +182,10 @@ def entropy_adaptive_decoding(
         for what, values in (("agreement", agreement), ("accuracy", right)):
             if any(values.get("large alone", ())):
                 run.ratio(
-                    f"{what} kept",
-                    method=values[name],
-                    baseline=values["large alone"],
-                    series=name,
+                    f"{what} kept", method=values[name], baseline=values["large alone"], series=name,
                     against="large alone",
-                )
-    run.figure(_figure(texts, agreement, advantage, speed_up))
+                )  # fmt: skip
+    run.figure(_figure(switched, agreement, advantage, speed_up))
 
 
 @dataclass
@@ -263,16 +269,15 @@ def _figure(
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
+    cost = {name: fmean(text.cost for text in rows) for name, rows in texts.items()} | {"large alone": 1.0}
     looks = {"EAD": ("#1f6f8b", "o-"), "random": ("#a9b4bc", "s--"), "even": ("#c9a66b", "^--")}
     for kind, (colour, style) in looks.items():
         names = ["small alone", *(f"{kind} {share:.0%}" for share in _SHARES), "large alone"]
         height = [fmean(agreement[name]) for name in names]
-        left.plot([fmean(text.cost for text in texts[name]) for name in names], height, style, color=colour, label=kind)
+        left.plot([cost[name] for name in names], height, style, color=colour, label=kind)
         seconds = [1 / speed_up[name].value if name in speed_up else 1.0 for name in names]
         middle.plot(seconds, height, style, color=colour, label=kind)
-    ends = [
-        (fmean(text.cost for text in texts[name]), fmean(agreement[name])) for name in ("small alone", "large alone")
-    ]
+    ends = [(cost[name], fmean(agreement[name])) for name in ("small alone", "large alone")]
     left.plot(*zip(*ends, strict=True), ":", color="#333333", label="whole prompts")
     left.set(xlabel="parameters a token, of large alone", ylabel="tokens the large model would have chosen")
     middle.set(xlabel="time, of large alone")
