@@ -316,6 +316,7 @@ def test_real_cost_counts_prompt_and_catching_up(prompt):
     sizes = [sum(p.numel() for p in model.parameters()) for model in (small, large)]
     assert (result.small.parameters, result.large.parameters) == tuple(sizes)
     read = result.small.tokens * sizes[0] + result.large.tokens * sizes[1]
+    assert not result.sequences.is_inference()
     assert result.real_cost == pytest.approx(read / (24 * sizes[1]))
     assert result.cost == pytest.approx(relative_cost(result.models.count("large") / 20, *sizes))
     alone = EntropyAdaptiveDecoding(small, large, EntropySwitch(-1, start="large")).generate(

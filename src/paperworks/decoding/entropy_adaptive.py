@@ -245,7 +245,7 @@ class EntropyAdaptiveDecoding:
         self.small, self.large, self.switch, self.entropy_of = small, large, switch, entropy_of
         self.vocabulary = _shared_vocabulary(Target(small).vocab_size, Target(large).vocab_size, tokenizers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -347,7 +347,7 @@ class EntropyAdaptiveDecoding:
             threshold = min(zip(candidates, shares, strict=True), key=lambda pair: abs(pair[1] - target_fraction))[0]
         return threshold
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _entropies(self, text: SwitchedGeneration) -> Tensor:
         """Entropies in bits of both models' laws of each new token, (new_tokens, 2)."""
         both = []

@@ -15,7 +15,7 @@ from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
-    from paperworks.decoding import Generation
+    from paperworks.decoding import EntropyAdaptiveDecoding, Generation
     from paperworks.decoding.entropy_adaptive import Model, SwitchedGeneration
     from paperworks.lab.measure import Ratio
 
@@ -55,6 +55,7 @@ def entropy_adaptive_decoding(
     new_tokens: int = 64,
     window: int = 5,
     min_stay: int = 10,
+    temperature: float = 0.7,
     train_tokens: int = 24_000,
     epochs: float = 3.0,
     vocabulary: int = 8192,
@@ -62,9 +63,11 @@ def entropy_adaptive_decoding(
 ) -> None:
     """The whole curve of quality against cost, beside random, evenly spread and whole-prompt use of the large model.
 
-    Texts are greedy. Their quality is the share of tokens that are the large model's own choice behind the text before
-    them: 1 for the large model alone. For three shares of the text the threshold is calibrated on other prompts. Random
-    turns are the method's own for the same prompt, begun at a random place, so that their lengths and cost are the same.
+    Texts are sampled. How far they are from the large model's own is measured by the Kullback-Leibler divergence of their
+    law from its law, in bits a token: the chain rule makes it the mean over tokens of the divergence of the writer's law
+    from the large model's, 0 for tokens that this wrote. For three shares of the text the threshold is calibrated on
+    other prompts. Random turns are the method's own for the same prompt, begun at a random place, so that their lengths
+    and cost are the same.
 
     Args:
         run: Keeps what is measured.
@@ -77,6 +80,7 @@ def entropy_adaptive_decoding(
         new_tokens: Tokens to write for each at most.
         window: Laws over which entropy is averaged.
         min_stay: Tokens between two switches at least.
+        temperature: Of the texts.
         train_tokens: Answer tokens the large model writes for the first layers to learn from.
         epochs: Passes over them.
         vocabulary: Most frequent tokens whose scores they learn; 0 for all. As embedding and head stay the large
@@ -87,6 +91,8 @@ def entropy_adaptive_decoding(
     from paperworks.lab.drafting import DRAFTERS, cpu_friendly_dtype, encode, load_target, trained
     from paperworks.nn import pack_linears
 
+    if not temperature > 0:
+        raise UsageError(f"temperature is above 0 where texts are sampled, given {temperature}")
     questions, numbers = _questions(prompts, calibration_prompts + prompt_count)
     large, tokenizer = load_target(model, dtype=cpu_friendly_dtype())
     if DRAFTERS.get(small, ("",))[0] == "RecursiveSpeculation":
@@ -100,8 +106,9 @@ def entropy_adaptive_decoding(
     ids = [encode(tokenizer, text).to(large.device) for text in questions]
     rule = EntropySwitch(math.inf, window, min_stay)
     decoding = EntropyAdaptiveDecoding(little, large, rule, tokenizers=(words, tokenizer))
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature}
     thresholds = {
-        share: decoding.calibrate(ids[:calibration_prompts], share, max_new_tokens=new_tokens)
+        share: decoding.calibrate(ids[:calibration_prompts], share, generator=_seeded(large, seed), **options)
         for share in run.progress(_SHARES, "calibrating thresholds")
     }
     ids, numbers = ids[calibration_prompts:], numbers[calibration_prompts:]
@@ -109,7 +116,7 @@ def entropy_adaptive_decoding(
     made: dict[str, dict[int, SwitchedGeneration]] = {}
 
     def large_alone(index: int) -> int:
-        plain[index] = generate(large, ids[index], max_new_tokens=new_tokens)
+        plain[index] = generate(large, ids[index], generator=_seeded(large, seed + index), **options)
         return len(plain[index].new_tokens[0])
 
     def writing(name: str, switch: Callable[[int], Any]) -> Callable[[int], int]:
@@ -117,7 +124,7 @@ def entropy_adaptive_decoding(
 
         def call(index: int) -> int:
             decoding.switch = switch(index)
-            made[name][index] = decoding.generate(ids[index], max_new_tokens=new_tokens)
+            made[name][index] = decoding.generate(ids[index], generator=_seeded(large, seed + index), **options)
             return len(made[name][index].models)
 
         return call
@@ -141,14 +148,17 @@ def entropy_adaptive_decoding(
     order = range(len(ids))
     switched = {name: [rows[index] for index in order] for name, rows in made.items()}
     texts: dict[str, Sequence[Any]] = {"large alone": [plain[index] for index in order], **switched}
-    agreement: dict[str, list[float]] = {name: [] for name in texts}
-    for index in run.progress(order, "reading all texts with the large model"):
-        continuations = [rows[index].sequences[0, ids[index].shape[1] :] for rows in texts.values()]
-        for name, value in zip(texts, _own_choices(large, ids[index], continuations), strict=True):
-            agreement[name].append(value)
+    divergence: dict[str, list[float]] = {name: [] for name in texts}
+    surprise: dict[str, list[float]] = {name: [] for name in texts}
+    for index in run.progress(order, "reading all texts with both models"):
+        behind = [rows[index] for rows in texts.values()]
+        for name, scores in zip(texts, _read(decoding, ids[index], behind, temperature), strict=True):
+            divergence[name].append(scores[0])
+            surprise[name].append(scores[1])
     right: dict[str, list[float]] = {}
     for name, rows in texts.items():
-        run.record("agreement", fmean(agreement[name]), unit="of tokens", better="higher", series=name)
+        run.record("divergence", fmean(divergence[name]), unit="bits a token", better="lower", series=name)
+        run.record("perplexity to large", 2 ** fmean(surprise[name]), better="lower", series=name)
         if prompts == "gsm8k":
             found = [_last_number(tokenizer.decode(text.new_tokens[0])) for text in rows]
             right[name] = [float(one == other) for one, other in zip(found, numbers, strict=True)]
@@ -161,31 +171,30 @@ def entropy_adaptive_decoding(
             value = fmean(getattr(text, what) for text in written)
             run.record(what.replace("_", " "), value, unit=unit, better="lower", series=name)
     for share in _SHARES:
-        # A prompt that is the large model's with the chance f: in the mean f of its quality and 1 - f of the small one's.
-        parts = [(text.large_fraction, index) for index, text in enumerate(switched[f"EAD {share:.0%}"])]
-        agreement[f"whole prompts {share:.0%}"] = [
-            f * agreement["large alone"][index] + (1 - f) * agreement["small alone"][index] for f, index in parts
-        ]
-    advantage = {
-        (kind, series): run.ratio(
-            "agreement at equal cost, ratio",
-            method=_mean(agreement, "EAD", shares),
-            baseline=_mean(agreement, kind, shares),
-            series=series,
-            against=kind,
-        )
-        for kind in ("random", "even", "whole prompts")
-        for series, shares in [*((f"EAD {share:.0%}", [share]) for share in _SHARES), ("EAD, all shares", _SHARES)]
-    }
-    for share in _SHARES:
-        name = f"EAD {share:.0%}"
-        for what, values in (("agreement", agreement), ("accuracy", right)):
-            if any(values.get("large alone", ())):
-                run.ratio(
-                    f"{what} kept", method=values[name], baseline=values["large alone"], series=name,
-                    against="large alone",
+        # A prompt that is the large model's with the chance f has no divergence then, and the small one's otherwise.
+        parts = zip(switched[f"EAD {share:.0%}"], divergence["small alone"], strict=True)
+        divergence[f"whole prompts {share:.0%}"] = [(1 - text.large_fraction) * whole for text, whole in parts]
+    advantage: dict[tuple[str, str], Ratio] = {}
+    for kind in ("random", "even", "whole prompts"):
+        for series, shares in (*((f"EAD {share:.0%}", (share,)) for share in _SHARES), ("EAD, all shares", _SHARES)):
+            baseline = _mean(divergence, kind, shares)
+            # Where the large model wrote everything nothing is left to compare.
+            if any(baseline):
+                advantage[kind, series] = run.ratio(
+                    "divergence at equal cost, ratio", method=_mean(divergence, "EAD", shares), baseline=baseline,
+                    better="lower", series=series, against=kind,
                 )  # fmt: skip
-    run.figure(_figure(switched, agreement, advantage, speed_up))
+    for name in (f"EAD {share:.0%}" for share in _SHARES):
+        if any(divergence["small alone"]):
+            run.ratio(
+                "divergence left", method=divergence[name], baseline=divergence["small alone"], better="lower",
+                series=name, against="small alone",
+            )  # fmt: skip
+        if any(right.get("large alone", ())):
+            run.ratio(
+                "accuracy kept", method=right[name], baseline=right["large alone"], series=name, against="large alone"
+            )
+    run.figure(_figure(switched, divergence, advantage, speed_up))
 
 
 @dataclass
@@ -237,20 +246,38 @@ def _last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _own_choices(large: Any, prompt: Any, continuations: Sequence[Any]) -> list[float]:
-    """Share of each continuation's tokens that the large model would have chosen behind the text before them."""
+def _read(
+    decoding: EntropyAdaptiveDecoding, prompt: Any, texts: Sequence[Any], temperature: float
+) -> list[tuple[float, float]]:
+    """For each text behind one prompt, in bits a token: its law's divergence from the large model's, and its surprise."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    rows = pad_sequence(list(continuations), batch_first=True)
-    with torch.inference_mode():
-        begin = large(prompt, use_cache=True, logits_to_keep=1)
-        begin.past_key_values.batch_repeat_interleave(len(rows))
+    def log_law(model: Any) -> torch.Tensor:
+        begin = model(prompt, use_cache=True, logits_to_keep=1)
+        begin.past_key_values.batch_repeat_interleave(len(tokens))
         # Padding stands behind the tokens that count, which do not see it.
-        choices = large(rows[:, :-1], past_key_values=begin.past_key_values).logits.argmax(-1)
-    first = begin.logits.argmax(-1).expand(len(rows), -1)
-    same = torch.cat([first, choices], dim=1) == rows
-    return [float(row[: len(text)].float().mean()) for row, text in zip(same, continuations, strict=True)]
+        rest = model(tokens[:, :-1], past_key_values=begin.past_key_values).logits
+        logits = torch.cat([begin.logits.expand(len(tokens), -1, -1), rest], dim=1)[..., : decoding.vocabulary]
+        return (logits.float() / temperature).log_softmax(-1)
+
+    new = [text.sequences[0, prompt.shape[1] :] for text in texts]
+    tokens = pad_sequence(new, batch_first=True)
+    with torch.inference_mode():
+        small, large = log_law(decoding.small), log_law(decoding.large)
+        divergence = torch.nn.functional.kl_div(large, small, reduction="none", log_target=True).sum(-1) / math.log(2)
+        surprise = -large.gather(-1, tokens[..., None])[..., 0] / math.log(2)
+    scores = []
+    for text, row, far, near in zip(texts, new, divergence, surprise, strict=True):
+        by_small = torch.tensor([name == "small" for name in getattr(text, "models", ())] or [False], device=far.device)
+        scores.append((float((far[: len(row)] * by_small).mean()), float(near[: len(row)].mean())))
+    return scores
+
+
+def _seeded(model: Any, seed: int) -> Any:
+    import torch
+
+    return torch.Generator(model.device).manual_seed(seed)
 
 
 def _mean(values: Mapping[str, Sequence[float]], kind: str, shares: Sequence[float]) -> list[float]:
@@ -260,7 +287,7 @@ def _mean(values: Mapping[str, Sequence[float]], kind: str, shares: Sequence[flo
 
 def _figure(
     texts: Mapping[str, Sequence[SwitchedGeneration]],
-    agreement: Mapping[str, Sequence[float]],
+    divergence: Mapping[str, Sequence[float]],
     advantage: Mapping[tuple[str, str], Ratio],
     speed_up: Mapping[str, Ratio],
 ) -> Any:
@@ -273,25 +300,28 @@ def _figure(
     looks = {"EAD": ("#1f6f8b", "o-"), "random": ("#a9b4bc", "s--"), "even": ("#c9a66b", "^--")}
     for kind, (colour, style) in looks.items():
         names = ["small alone", *(f"{kind} {share:.0%}" for share in _SHARES), "large alone"]
-        height = [fmean(agreement[name]) for name in names]
+        height = [fmean(divergence[name]) for name in names]
         left.plot([cost[name] for name in names], height, style, color=colour, label=kind)
         seconds = [1 / speed_up[name].value if name in speed_up else 1.0 for name in names]
         middle.plot(seconds, height, style, color=colour, label=kind)
-    ends = [(cost[name], fmean(agreement[name])) for name in ("small alone", "large alone")]
+    ends = [(cost[name], fmean(divergence[name])) for name in ("small alone", "large alone")]
     left.plot(*zip(*ends, strict=True), ":", color="#333333", label="whole prompts")
-    left.set(xlabel="parameters a token, of large alone", ylabel="tokens the large model would have chosen")
+    left.set(xlabel="parameters a token, of large alone", ylabel="divergence from large alone, bits a token")
     middle.set(xlabel="time, of large alone")
     for place, (kind, (colour, _)) in enumerate(list(looks.items())[1:]):
-        ratios = [advantage[kind, f"EAD {share:.0%}"] for share in _SHARES]
+        found = {
+            share: advantage[kind, f"EAD {share:.0%}"] for share in _SHARES if (kind, f"EAD {share:.0%}") in advantage
+        }
+        ratios = list(found.values())
         values = [ratio.value for ratio in ratios]
         spread = [
             [ratio.value - (ratio.low or ratio.value) for ratio in ratios],
             [(ratio.high or ratio.value) - ratio.value for ratio in ratios],
         ]
-        at = [share + 0.02 * (place - 0.5) for share in _SHARES]
+        at = [share + 0.02 * (place - 0.5) for share in found]
         right.errorbar(at, values, yerr=spread, fmt="o", color=colour, capsize=3, label=f"against {kind}")
     right.axhline(1, color="#333333", linewidth=0.8)
-    right.set(xlabel="share of the large model asked for", ylabel="agreement at equal cost, ratio")
+    right.set(xlabel="share of the large model asked for", ylabel="divergence at equal cost, ratio")
     left.legend(frameon=False)
     right.legend(frameon=False)
     for axes in (left, middle, right):
