@@ -173,7 +173,7 @@ def show(
 ) -> None:
     """A paper's card, its claims, how to import it, and the newest figures."""
     from paperworks.lab import records
-    from paperworks.lab.report import claims, grid
+    from paperworks.lab.report import claims, grid, tall
 
     card = get(paper)
     record = records.load_records().get(card.slug)
@@ -196,7 +196,7 @@ def show(
         console.print("\n".join(["", *card.imports, f"paperworks run {card.slug}"]), highlight=False)
     console.print("\n".join(["", *claims(card)]), highlight=False)
     if record:
-        headings, rows = grid(record["measurements"])
+        headings, rows = tall(*grid(record["measurements"]))
         from rich.table import Table
 
         table = Table(*headings, title="measured", title_justify="left", caption=records.machine(record["environment"]))

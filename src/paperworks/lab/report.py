@@ -33,11 +33,24 @@ def grid(measurements: Sequence[Measurement]) -> tuple[list[str], list[list[str]
     return ["", *columns], [[name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items()]
 
 
+def tall(headings: list[str], rows: list[list[str]], *, most: int = 7) -> tuple[list[str], list[list[str]]]:
+    """The same table with a row for each measurement, where it has more than `most` columns and fewer rows.
+
+    Example:
+        >>> tall(["", "speed", "calls"], [["plain", "20", "9"]], most=2)
+        (['', 'plain'], [['speed', '20'], ['calls', '9']])
+    """
+    if len(headings) <= max(most, len(rows) + 1):
+        return headings, rows
+    columns = [list(column) for column in zip(headings, *rows, strict=True)]
+    return columns[0], columns[1:]
+
+
 def results_table(run: Run, paper: Paper) -> Table:
     """A run as a rich table, the paper's claims beneath."""
     from rich.table import Table
 
-    headings, rows = grid(run.measurements)
+    headings, rows = tall(*grid(run.measurements))
     table = Table(title=f"{' and '.join(paper.names)}: {paper.title}", title_justify="left", caption_justify="left")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
