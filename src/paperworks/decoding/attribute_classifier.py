@@ -100,6 +100,7 @@ class AttributeClassifier(nn.Module):
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
+        >>> _ = torch.manual_seed(0)
         >>> model = LlamaForCausalLM(config).eval()
         >>> texts = [[token, token + 1, token + 2] for token in range(40)]
         >>> classifier = AttributeClassifier.from_target(model, max_new_tokens=3)
