@@ -50,8 +50,12 @@ class TokenTree:
     @classmethod
     def chain(cls, tokens: Tensor) -> TokenTree:
         """A tree without branches: `tokens` (batch, nodes), the root first."""
-        parents = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device)
-        return cls(tokens, parents.expand_as(tokens))
+        nodes = tokens.shape[1]
+        tree = cls(tokens, torch.arange(-1, nodes - 1, device=tokens.device).expand_as(tokens))
+        # Known beforehand: to work it out takes products of (nodes, nodes) matrices, and a prompt is a chain too.
+        line = torch.ones(nodes, nodes, dtype=torch.bool, device=tokens.device).tril()
+        tree.__dict__["ancestors"] = line.expand(len(tokens), -1, -1)
+        return tree
 
     @cached_property
     def ancestors(self) -> Tensor:
