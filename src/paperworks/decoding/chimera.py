@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,15 +200,6 @@ class Chimera(Drafter):
         self.heads = nn.ModuleList(_linear(start) for _ in range(heads))
         self.residual = nn.ModuleList(_linear(start) for _ in range(heads)) if residual_heads else None
         self.tree = TreeShape(tree if tree is not None else _widest(_PUBLISHED[:heads], ranks=4))
-
-    @classmethod
-    def from_target(cls, model: nn.Module, **options: Any) -> Self:
-        """An untrained drafter for `model`, on its device and in its dtype; `options` are the constructor's."""
-        target = Target(model)
-        vocabulary = options.pop("vocabulary", None)
-        if isinstance(vocabulary, int):
-            vocabulary = torch.arange(vocabulary)
-        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
 
     @property
     def tree(self) -> TreeShape:

@@ -51,6 +51,20 @@ class Drafter(nn.Module, ABC):
         super().__init_subclass__(**kwargs)
         Drafter.classes[cls.__name__] = cls
 
+    @classmethod
+    def from_target(cls, model: nn.Module, **options: Any) -> Self:
+        """An untrained drafter for `model`, on its device and in its dtype.
+
+        Args:
+            model: The model to draft for.
+            options: The constructor's; a `vocabulary` given as a number n stands for the first n tokens.
+        """
+        target = Target(model)
+        vocabulary = options.pop("vocabulary", None)
+        if isinstance(vocabulary, int):
+            vocabulary = torch.arange(vocabulary)
+        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
+
     def start(self, target: Target, batch: int, sampling: Sampling) -> Any:
         """State of a new generation over `batch` prompts; None for drafters that need none."""
         return None
@@ -110,9 +124,9 @@ class Drafter(nn.Module, ABC):
             raise ValueError(f"{folder} holds no saved drafter (config.json and model.safetensors): {error}") from error
         if not issubclass(Drafter.classes.get(name, object), cls):
             raise ValueError(f"{folder} holds a {name}, not a {cls.__name__}")
-        drafter = Drafter.classes[name].from_target(model, **config)  # type: ignore[attr-defined]
+        drafter = Drafter.classes[name].from_target(model, **config)
         try:
             drafter.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"the {name} in {folder} was made for another model: {error}") from error
-        return drafter  # type: ignore[no-any-return]
+        return drafter  # type: ignore[return-value]

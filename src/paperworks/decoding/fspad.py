@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,15 +185,6 @@ class FSPAD(Drafter):
         self.align = nn.Linear(size, size, bias=False) if partial_alignment else None
         if self.align is not None:
             nn.init.eye_(self.align.weight)
-
-    @classmethod
-    def from_target(cls, model: nn.Module, **options: Any) -> Self:
-        """An untrained drafter for `model`, on its device and in its dtype; `options` are the constructor's."""
-        target = Target(model)
-        vocabulary = options.pop("vocabulary", None)
-        if isinstance(vocabulary, int):
-            vocabulary = torch.arange(vocabulary)
-        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
 
     @property
     def config(self) -> dict[str, Any]:

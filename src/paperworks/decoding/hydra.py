@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,15 +143,6 @@ class Hydra(Drafter):
                 scorer.weight.data.copy_(rows)
                 nn.init.zeros_(scorer.bias)
             self.scorers = nn.ModuleList(scorers)
-
-    @classmethod
-    def from_target(cls, model: nn.Module, **options: Any) -> Self:
-        """Untrained heads for `model`, on its device and in its dtype; `options` are the constructor's."""
-        target = Target(model)
-        vocabulary = options.pop("vocabulary", None)
-        if isinstance(vocabulary, int):
-            vocabulary = torch.arange(vocabulary)
-        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
 
     @property
     def tree(self) -> TreeShape:

@@ -244,7 +244,7 @@ class RecursiveSpeculation(Drafter):
         self.register_buffer("vocabulary", vocabulary)
 
     @classmethod
-    def from_target(
+    def from_target(  # type: ignore[override]
         cls,
         model: nn.Module,
         *,

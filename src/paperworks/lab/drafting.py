@@ -119,7 +119,7 @@ def drafting_data(
                 collect(target, pairs).save(folder / "data.safetensors")
 
             key = {
-                "model": _identity(model, target), "tokens": size, "part": part, "seed": seed,
+                "model": model_identity(model, target), "tokens": size, "part": part, "seed": seed,
                 "temperature": temperature, "version": __version__,
             }  # fmt: skip
             folder = cached_folder("drafting-data", key, build)
@@ -185,7 +185,7 @@ def trained(
         drafter.save_pretrained(folder)
 
     key = {
-        "model": _identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
+        "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
         "vocabulary": vocabulary, "nodes": nodes, "seed": seed, "temperature": temperature, "version": __version__,
     }  # fmt: skip
     return Drafter.from_pretrained(cached_folder("drafters", key, build), target)
@@ -294,11 +294,13 @@ def pit(
             against=against,
         )
     if equality_prompts:
-        _compare_texts(run, model, prompts, equality_prompts, new_tokens, drafters)
-    run.figure(_figure(title, speed_up, {name: fmean(values.values()) for name, values in accepted.items()}, against))
+        compare_texts(run, model, prompts, equality_prompts, new_tokens, drafters)
+    run.figure(
+        speed_figure(title, speed_up, {name: fmean(values.values()) for name, values in accepted.items()}, against)
+    )
 
 
-def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
+def compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
     """Record for how many prompts the text in float32 is transformers' own greedy text, token for token."""
     import copy
 
@@ -326,7 +328,7 @@ def _compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: i
             bar.advance()
 
 
-def _figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:
+def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:
     """Speed against plain decoding with intervals, and accepted tokens beside it."""
     from matplotlib.figure import Figure
 
@@ -352,7 +354,7 @@ def _figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], ag
     return figure
 
 
-def _identity(model: str, target: Any) -> dict[str, Any]:
+def model_identity(model: str, target: Any) -> dict[str, Any]:
     """What tells this model from another of the same name: type, size and a sum over its weights."""
     weight = target.get_output_embeddings().weight.detach()
     return {

@@ -214,7 +214,7 @@ def _classifier(
     from paperworks.decoding import collect, generate
     from paperworks.decoding.attribute_classifier import AttributeClassifier, degeneracy
     from paperworks.lab.cache import cached_folder
-    from paperworks.lab.drafting import _identity
+    from paperworks.lab.drafting import model_identity
 
     temperatures = (0.3, 0.5, 0.7, 1.0)
 
@@ -246,7 +246,7 @@ def _classifier(
         (folder / "fit.json").write_text(json.dumps(told))
 
     key = {
-        "model": _identity(model, target), "prompts": [prompt[0].tolist() for prompt in prompts], "samples": samples,
+        "model": model_identity(model, target), "prompts": [prompt[0].tolist() for prompt in prompts], "samples": samples,
         "new_tokens": new_tokens, "seed": seed, "version": __version__,
     }  # fmt: skip
     folder = cached_folder("attribute-classifiers", key, build)

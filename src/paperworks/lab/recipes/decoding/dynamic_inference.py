@@ -133,7 +133,7 @@ def _trained(
     from paperworks import __version__
     from paperworks.decoding import DynamicInference
     from paperworks.lab.cache import cached_folder
-    from paperworks.lab.drafting import _identity
+    from paperworks.lab.drafting import model_identity
 
     def build(folder: Path) -> None:
         words = None
@@ -153,7 +153,7 @@ def _trained(
 
     text = hashlib.sha256(learnt.numpy().tobytes() + judged.numpy().tobytes()).hexdigest()
     key = {
-        "model": _identity(name, model), "text": text, "block": learnt.shape[1], "vocabulary": vocabulary, "seed": seed,
+        "model": model_identity(name, model), "text": text, "block": learnt.shape[1], "vocabulary": vocabulary, "seed": seed,
         **options, "version": __version__,
     }  # fmt: skip
     return DynamicInference.from_pretrained(cached_folder("dynamic-inference", key, build), model)

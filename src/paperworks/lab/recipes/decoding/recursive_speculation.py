@@ -93,7 +93,7 @@ def recursive_speculation(
         generate,
     )
     from paperworks.decoding.recursive_speculation import TreeSampler
-    from paperworks.lab.drafting import _compare_texts, _figure, cpu_friendly_dtype, prompt_ids, trained
+    from paperworks.lab.drafting import compare_texts, cpu_friendly_dtype, prompt_ids, speed_figure, trained
     from paperworks.lab.hub import load_model
     from paperworks.nn import pack_linears
 
@@ -123,7 +123,7 @@ def recursive_speculation(
     }
     if equality_prompts:
         ours = {name: drafters[name] for name in _OURS}
-        _compare_texts(run, model, prompts, equality_prompts, new_tokens, ours)
+        compare_texts(run, model, prompts, equality_prompts, new_tokens, ours)
     pack_linears(options["draft"])
     share = _share(drafters[_SINGLE], target)
     emitted: dict[str, list[list[int]]] = {name: [[] for _ in ids] for name in drafters}
@@ -173,7 +173,7 @@ def recursive_speculation(
                 against=against,
             )
     means = {name: fmean(values) for name, values in efficiency.items()}
-    run.figure(_figure(f"Drafts without replacement: {nodes} drafted tokens a call", speed_up, means, _SINGLE))
+    run.figure(speed_figure(f"Drafts without replacement: {nodes} drafted tokens a call", speed_up, means, _SINGLE))
 
 
 def _share(drafter: Any, target: Any) -> float:
