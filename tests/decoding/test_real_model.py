@@ -9,7 +9,17 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from paperworks.decoding import Chimera, Hydra, Medusa, Sampling, as_custom_generate, generate
+from paperworks.decoding import (
+    FSPAD,
+    Chimera,
+    Hydra,
+    Medusa,
+    RecursiveSpeculation,
+    Sampling,
+    StochasticBeam,
+    as_custom_generate,
+    generate,
+)
 from tests.decoding.conftest import scramble
 
 pytestmark = [
@@ -22,6 +32,10 @@ LOSSLESS = {
     "medusa": lambda model, words: Medusa.from_target(model, vocabulary=words, **SHAPE),
     "hydra": lambda model, words: Hydra.from_target(model, vocabulary=words, **SHAPE),
     "chimera": lambda model, words: Chimera.from_target(model, vocabulary=words, **SHAPE),
+    "fspad": lambda model, words: FSPAD.from_target(model, vocabulary=words, depth=2, top_k=2, nodes=4),
+    "rsd": lambda model, words: RecursiveSpeculation.from_target(
+        model, draft=1, vocabulary=words, tree=StochasticBeam(2, 2)
+    ),
 }
 
 

@@ -16,7 +16,7 @@ def test_conditional_beam_search_measures_both_methods_and_keeps_the_classifier(
     run = execute("conditional-beam-search", scale="tiny", show_progress=False)
     assert run.status == "finished", run.traceback
     figures = {(m.name, m.series): m.value for m in run.measurements}
-    for name in ("greedy", "beam search", "conditional beam search"):
+    for name in ("greedy", "beam search", "beam search by total log p", "conditional beam search"):
         kinds = [figures[kind, name] for kind in ("empty", "unfinished", "repetitive")]
         assert figures["degenerate", name] == pytest.approx(sum(kinds))
         assert figures["log p", name] < 0 and 1 <= figures["length", name] <= 20
@@ -38,7 +38,7 @@ def test_conditional_beam_search_measures_both_methods_and_keeps_the_classifier(
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"prompt_count": 40}, "cannot be taken"),
+        ({"prompt_count": 400}, "cannot be taken"),
         ({"block": 5000}, "too few"),
         ({"text": "digits"}, "no running text"),
     ],

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from paperworks.decoding.attribute_classifier import AttributeClassifier
 
-_ASK = "Answer in one or two sentences."
 _BASELINE = "beam search"
+_TOTAL = "beam search by total log p"
 _METHOD = "conditional beam search"
 
 
@@ -28,6 +28,7 @@ _METHOD = "conditional beam search"
         "model": "tiny-random-llama",
         "prompt_count": 3,
         "train_prompts": 4,
+        "opening": 6,
         "samples": 4,
         "new_tokens": 20,
         "num_beams": 2,
@@ -39,10 +40,10 @@ _METHOD = "conditional beam search"
     },
     large={
         "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-        "prompt_count": 20,
-        "train_prompts": 20,
+        "prompt_count": 200,
+        "train_prompts": 200,
         "samples": 64,
-        "new_tokens": 128,
+        "new_tokens": 256,
         "candidates": 10,
         "blocks": 64,
         "block": 1024,
@@ -51,8 +52,9 @@ _METHOD = "conditional beam search"
 def conditional_beam_search(
     run: Run,
     model: str = "smollm2-135m",
-    prompt_count: int = 12,
-    train_prompts: int = 24,
+    prompt_count: int = 32,
+    train_prompts: int = 32,
+    opening: int = 16,
     samples: int = 8,
     new_tokens: int = 64,
     num_beams: int = 5,
@@ -63,31 +65,33 @@ def conditional_beam_search(
     blocks: int = 6,
     block: int = 384,
     window: int = 32,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.0,
     seed: int = 0,
 ) -> None:
     """Beams judged by a classifier on the model's states, against beam search; and reading with learning states.
 
-    The classifier learns from texts that the model samples for other prompts whether a beginning leads to a text that is
-    complete, not empty and not repetitive. Then held-out prompts are answered in turn by transformers' beam search,
-    greedily, and by the conditional search. Separately, blocks of text are read with and without hidden-state optimisation.
+    The classifier learns from paragraphs that the model samples after other openings whether a beginning leads to one
+    that is complete, not empty and not repetitive. Then held-out openings are continued in turn by transformers' beam
+    search (by log p a token, and by total log p), greedily, and by the conditional search. Separately, blocks of text are
+    read with and without hidden-state optimisation.
 
     Args:
         run: Keeps what is measured.
         model: Name of the model.
-        prompt_count: Held-out built-in prompts to answer, each in one or two sentences.
-        train_prompts: Other built-in prompts, to sample the classifier's texts for.
+        prompt_count: Openings of held-out paragraphs to continue, raw text without a chat template.
+        train_prompts: Openings of other paragraphs, to sample the classifier's texts for.
+        opening: Tokens of an opening.
         samples: Texts for each of them, at temperatures from 0.3 to 1.
         new_tokens: Tokens of a text at most; one that has not ended by then is unfinished.
         num_beams: Beams of both searches.
         candidates: Tokens that the conditional search expands each beam with.
         weight: Of the classifier.
-        length_penalty: Of both searches; 1 is transformers' default.
-        text: Data set, file, or "built-in" (the prompts themselves), to read.
+        length_penalty: Of the conditional search and the baseline; 1 (log p a token) is transformers' default.
+        text: Data set, file, or "built-in" (the prompts themselves), to continue and to read.
         blocks: Blocks of it.
         block: Tokens a block.
         window: Tokens that are read before the states learn from them.
-        learning_rate: Of the states.
+        learning_rate: Of the states; 0 takes the best of 0.003, 0.01 and 0.03 on text that is not measured.
         seed: Of samples, order and weights.
     """
     import torch
@@ -98,10 +102,16 @@ def conditional_beam_search(
     # Steps as small as those of the states are lost in bfloat16.
     target, tokenizer = load_model(model, dtype=torch.float32, device=device)
     target.requires_grad_(False)
-    tokens = _blocks(tokenizer, text, blocks, block).to(device)
+    learn, judge = _texts(text)
+    tokens = _blocks(tokenizer, judge, blocks, block).to(device)
+    if not learning_rate:
+        held_out = _blocks(tokenizer, learn, max(1, blocks // 2), block).to(device)
+        learning_rate = _best_rate(run, target, held_out, window)
+    others = _openings(tokenizer, learn, train_prompts, opening)
+    tests = _openings(tokenizer, judge, prompt_count, opening)
     wrong = _search(
-        run, target, tokenizer, model, prompt_count, train_prompts, samples, new_tokens, seed, num_beams=num_beams,
-        candidates=candidates, weight=weight, length_penalty=length_penalty,
+        run, target, tokenizer, model, [ids.to(device) for ids in tests], [ids.to(device) for ids in others], samples,
+        new_tokens, seed, num_beams=num_beams, candidates=candidates, weight=weight, length_penalty=length_penalty,
     )  # fmt: skip
     curves = _read(run, target, tokens, window=window, learning_rate=learning_rate)
     run.figure(_figure(wrong, curves))
@@ -112,48 +122,40 @@ def _search(
     target: Any,
     tokenizer: Any,
     model: str,
-    prompt_count: int,
-    train_prompts: int,
+    tests: list[torch.Tensor],
+    others: list[torch.Tensor],
     samples: int,
     new_tokens: int,
     seed: int,
     **options: Any,
 ) -> dict[str, Counter[str]]:
-    """Answer held-out prompts with each search; how often each kind of degenerate text came of each."""
+    """Continue held-out openings with each search; how often each kind of degenerate text came of each."""
     import torch
 
     from paperworks.decoding import generate
     from paperworks.decoding.attribute_classifier import degeneracy
     from paperworks.decoding.conditional_beam_search import ConditionalBeamSearch
     from paperworks.decoding.hidden_state_optimization import HiddenStateOptimization
-    from paperworks.errors import UsageError
-    from paperworks.lab.drafting import encode
-    from paperworks.lab.hub import prompts as load_prompts
 
-    texts = load_prompts()
-    if prompt_count + train_prompts > len(texts) or min(prompt_count, train_prompts) < 1:
-        raise UsageError(
-            f"there are {len(texts)} prompts, so {prompt_count} to answer and {train_prompts} to learn from cannot be taken"
-        )
-    encoded = [encode(tokenizer, f"{text} {_ASK}").to(target.device) for text in texts]
-    tests = encoded[:: len(encoded) // prompt_count][:prompt_count]
-    others = [ids for ids in encoded if not any(ids is test for test in tests)][:train_prompts]
-    ends = tokenizer.eos_token_id
+    ends = _ends(tokenizer)
     classifier = _classifier(run, target, model, others, samples, new_tokens, ends, seed)
     search = ConditionalBeamSearch(target, classifier, **options)
-    answers: dict[str, dict[int, list[int]]] = {"greedy": {}, _BASELINE: {}, _METHOD: {}}
+    answers: dict[str, dict[int, list[int]]] = {"greedy": {}, _BASELINE: {}, _TOTAL: {}, _METHOD: {}}
 
     def greedy(index: int) -> list[int]:
         return generate(target, tests[index], max_new_tokens=new_tokens, eos_token_id=ends).new_tokens[0]
 
-    def beams(index: int) -> list[int]:
-        with torch.inference_mode():
-            found = target.generate(
-                tests[index], attention_mask=torch.ones_like(tests[index]), num_beams=options["num_beams"],
-                length_penalty=options["length_penalty"], max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends,
-                pad_token_id=ends,
-            )  # fmt: skip
-        return found[0, tests[index].shape[1] :].tolist()  # type: ignore[no-any-return]
+    def beams(length_penalty: float) -> Callable[[int], list[int]]:
+        def call(index: int) -> list[int]:
+            with torch.inference_mode():
+                found = target.generate(
+                    tests[index], attention_mask=torch.ones_like(tests[index]), num_beams=options["num_beams"],
+                    length_penalty=length_penalty, max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends,
+                    pad_token_id=ends[0],
+                )  # fmt: skip
+            return found[0, tests[index].shape[1] :].tolist()  # type: ignore[no-any-return]
+
+        return call
 
     def conditional(index: int) -> list[int]:
         return search.generate(tests[index], max_new_tokens=new_tokens, eos_token_id=ends).new_tokens[0][0]
@@ -166,8 +168,12 @@ def _search(
         return timed
 
     run.compare(
-        baseline=(_BASELINE, kept(_BASELINE, beams)),
-        method={"greedy": kept("greedy", greedy), _METHOD: kept(_METHOD, conditional)},
+        baseline=(_BASELINE, kept(_BASELINE, beams(options["length_penalty"]))),
+        method={
+            "greedy": kept("greedy", greedy),
+            _TOTAL: kept(_TOTAL, beams(0.0)),
+            _METHOD: kept(_METHOD, conditional),
+        },
         over=range(len(tests)),
         repeats=1,
         unit="tokens/s",
@@ -175,7 +181,7 @@ def _search(
     plain = HiddenStateOptimization(target, steps=0, window=4096)
     faults: dict[str, list[str | None]] = {}
     for name, found in answers.items():
-        faults[name] = [degeneracy(found[index], {ends}) for index in range(len(tests))]
+        faults[name] = [degeneracy(found[index], ends) for index in range(len(tests))]
         log_p = []
         for index, ids in enumerate(tests):
             whole = torch.cat([ids, ids.new_tensor([found[index]])], dim=1)
@@ -203,7 +209,14 @@ def _search(
 
 
 def _classifier(
-    run: Run, target: Any, model: str, prompts: list[torch.Tensor], samples: int, new_tokens: int, end: int, seed: int
+    run: Run,
+    target: Any,
+    model: str,
+    prompts: list[torch.Tensor],
+    samples: int,
+    new_tokens: int,
+    ends: list[int],
+    seed: int,
 ) -> AttributeClassifier:
     """A classifier of texts that are not degenerate, kept for the next run."""
     import json
@@ -228,11 +241,11 @@ def _classifier(
                     if count:
                         texts = generate(
                             target, prompt.expand(count, -1), max_new_tokens=new_tokens, temperature=temperature,
-                            eos_token_id=end, generator=generator,
+                            eos_token_id=ends, generator=generator,
                         ).new_tokens  # fmt: skip
                         pairs += [(prompt[0].tolist(), text) for text in texts]
                         bar.advance(count)
-        labels = torch.tensor([degeneracy(text, {end}) is None for _, text in pairs])
+        labels = torch.tensor([degeneracy(text, ends) is None for _, text in pairs])
         torch.manual_seed(seed)
         classifier = AttributeClassifier.from_target(target, new_tokens)
         fit = classifier.fit(collect(target, pairs), labels, generator=torch.Generator().manual_seed(seed))
@@ -247,7 +260,7 @@ def _classifier(
 
     key = {
         "model": model_identity(model, target), "prompts": [prompt[0].tolist() for prompt in prompts], "samples": samples,
-        "new_tokens": new_tokens, "seed": seed, "version": __version__,
+        "ends": ends, "new_tokens": new_tokens, "seed": seed, "version": __version__,
     }  # fmt: skip
     folder = cached_folder("attribute-classifiers", key, build)
     told = json.loads((folder / "fit.json").read_text())
@@ -258,26 +271,77 @@ def _classifier(
     return AttributeClassifier.from_pretrained(folder, device=target.device)
 
 
-def _blocks(tokenizer: Any, text: str, blocks: int, block: int) -> torch.Tensor:
-    """The beginning of a text as token ids, (blocks, block)."""
-    import torch
-
+def _texts(text: str) -> tuple[str, str]:
+    """Running text to learn and choose from, and other text to measure on."""
     from paperworks.errors import UsageError
     from paperworks.lab.hub import TextData, load_dataset
     from paperworks.lab.hub import prompts as load_prompts
 
     if text == "built-in":
-        words = "\n".join(load_prompts())
+        lines = list(load_prompts())
     else:
         data = load_dataset(text)
         if not isinstance(data, TextData):
             raise UsageError(f"{text} is no running text: give wikitext-2, a .txt file or built-in")
-        words = data.text
+        if data.split == "test":
+            return load_dataset(text, split="valid").text, data.text  # type: ignore[union-attr]
+        lines = list(data.paragraphs)
+    return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
+
+
+def _openings(tokenizer: Any, text: str, count: int, length: int) -> list[torch.Tensor]:
+    """The first tokens of `count` paragraphs at least twice as long, evenly spread over a text; each (1, length)."""
+    import torch
+
+    from paperworks.errors import UsageError
+
+    # No paragraph has more tokens than characters.
+    lines = [line.strip() for line in text.split("\n") if len(line.strip()) > 2 * length and not line.startswith(" =")]
+    found = [
+        ids[:length]
+        for ids in (tokenizer.encode(line[: 40 * length], add_special_tokens=False) for line in lines)
+        if len(ids) >= 2 * length
+    ]
+    if not 1 <= count <= len(found):
+        raise UsageError(
+            f"the text has {len(found)} paragraphs of at least {2 * length} tokens, so {count} openings cannot be taken"
+        )
+    return [torch.tensor([ids]) for ids in found[:: len(found) // count][:count]]
+
+
+def _ends(tokenizer: Any) -> list[int]:
+    """Tokens that end a paragraph: the end of text, and what a line break is."""
+    breaks = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n"))
+    return sorted({tokenizer.eos_token_id, *(ids[0] for ids in breaks if len(ids) == 1)})
+
+
+def _blocks(tokenizer: Any, text: str, blocks: int, block: int) -> torch.Tensor:
+    """The beginning of a text as token ids, (blocks, block)."""
+    import torch
+
+    from paperworks.errors import UsageError
+
     # A token has four characters or so: twice that is enough, and a long text is not encoded for nothing.
-    ids = tokenizer.encode(words[: 8 * blocks * block], add_special_tokens=False, verbose=False)
+    ids = tokenizer.encode(text[: 8 * blocks * block], add_special_tokens=False, verbose=False)
     if len(ids) < blocks * block:
-        raise UsageError(f"{text} has {len(ids)} tokens, too few for {blocks} blocks of {block}: ask for fewer")
+        raise UsageError(f"the text has {len(ids)} tokens, too few for {blocks} blocks of {block}: ask for fewer")
     return torch.tensor(ids[: blocks * block]).view(blocks, block)
+
+
+def _best_rate(run: Run, target: Any, tokens: torch.Tensor, window: int) -> float:
+    """The learning rate of the states under which text that is not measured is likeliest."""
+    from paperworks.decoding.hidden_state_optimization import HiddenStateOptimization
+
+    rates = (0.003, 0.01, 0.03)
+    likely = {}
+    with run.progress(len(rates), "choosing the learning rate") as bar:
+        for rate in rates:
+            reader = HiddenStateOptimization(target, window=window, learning_rate=rate)
+            likely[rate] = float(reader.log_likelihood(tokens).mean())
+            bar.advance()
+    best = max(rates, key=likely.__getitem__)
+    run.record("learning rate", best, better="higher", series="hidden-state optimisation")
+    return best
 
 
 def _read(run: Run, target: Any, tokens: torch.Tensor, **options: Any) -> dict[str, list[float]]:
