@@ -78,16 +78,10 @@ class Branches:
         seen = torch.cat([self.seen[self.parents][:count], own], dim=1)
         positions = self.positions[self.parents][:count] + 1
         # The slots of e are given up after the pass, and taken by g in the next.
-        mask: Any = torch.cat([F.pad(self.seen, (0, count)), seen])[None, None]
-        mask = e.new_zeros(()).where(mask, torch.finfo(e.dtype).min)
-        if self.context.by_kind:
-            mask = {"full_attention": mask, "sliding_attention": mask}
-        g: Tensor = self.context.model(
-            inputs_embeds=torch.cat([self.fed, e], dim=1),
-            attention_mask=mask,
-            position_ids=torch.cat([self.positions, positions])[None],
-            past_key_values=self.cache,
-        ).last_hidden_state[:, -count:]
+        mask = torch.cat([F.pad(self.seen, (0, count)), seen])
+        g = self.context.attend(
+            torch.cat([self.fed, e], dim=1), mask[None], torch.cat([self.positions, positions])[None], self.cache
+        )[:, -count:]
         self.cache.crop(-count)
         self.fed, self.seen, self.positions, self.parents = g.detach(), seen, positions, slice(0, None)
         return g

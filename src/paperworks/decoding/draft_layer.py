@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, Cache
 
 from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.target import Target, tree_mask
@@ -58,11 +58,25 @@ class DraftLayer(nn.Module):
         Nothing is committed to the cache.
         """
         behind = torch.tensor(cache.lengths, device=states.device)[:, None]
-        mask: Any = tree_mask(tree, cache.lengths, states.dtype)
+        return self._pass(states, tree_mask(tree, cache.lengths, states.dtype), behind + tree.depths, cache)
+
+    def attend(self, states: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Pass over `states` (batch, new, d), which are written behind what `cache` holds.
+
+        Args:
+            states: Vectors of one level of several branches, say.
+            seen: Which slots of the cache each of them attends to, its own included, (batch or 1, new, slots).
+            positions: (batch or 1, new).
+            cache: Of earlier passes.
+        """
+        mask = states.new_zeros(()).where(seen, torch.finfo(states.dtype).min)[:, None]
+        return self._pass(states, mask, positions, cache)
+
+    def _pass(self, states: Tensor, mask: Any, positions: Tensor, cache: Cache) -> Tensor:
         if self.by_kind:
             mask = {"full_attention": mask, "sliding_attention": mask}
         output: Tensor = self.model(
-            inputs_embeds=states, attention_mask=mask, position_ids=behind + tree.depths, past_key_values=cache
+            inputs_embeds=states, attention_mask=mask, position_ids=positions, past_key_values=cache
         ).last_hidden_state
         return output
 

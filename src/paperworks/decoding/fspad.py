@@ -49,28 +49,11 @@ class FeatureSampling(nn.Module):
 
 
 class FeatureLayer(DraftLayer):
-    """EAGLE's decoder layer: no norm before its attention, and trees that grow level by level behind its cache."""
+    """EAGLE's decoder layer: no norm before its attention."""
 
     def __init__(self, target: Target, layers: int = 1) -> None:
         super().__init__(target, layers)
         self.model.layers[0].input_layernorm = nn.Identity()
-
-    def attend(self, states: Tensor, seen: Tensor, positions: Tensor, cache: TreeCache) -> Tensor:
-        """Pass over vectors that are written behind what `cache` holds; nothing is committed.
-
-        Args:
-            states: The vectors, (batch, new, d).
-            seen: Which slots of the cache each of them attends to, its own included, (batch, new, slots).
-            positions: (batch, new).
-            cache: Of earlier passes.
-        """
-        mask: Any = states.new_zeros(()).where(seen, torch.finfo(states.dtype).min)[:, None]
-        if self.by_kind:
-            mask = {"full_attention": mask, "sliding_attention": mask}
-        output: Tensor = self.model(
-            inputs_embeds=states, attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).last_hidden_state
-        return output
 
 
 class FSPAD(Drafter):

@@ -60,7 +60,7 @@ class Sampling:
             ordered, order = logits.sort(dim=-1, descending=True)
             mass = ordered.softmax(-1)
             outside = mass.cumsum(-1) - mass >= self.top_p
-            logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
+            logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
         return logits.softmax(-1)
 
 
