@@ -148,8 +148,7 @@ def _print_papers(papers: list[Paper], as_json: bool, *, by_room: bool = False) 
             table.add_row(f"[bold]{paper.room}[/bold]", "", f"[bold]{ROOMS[paper.room]}[/bold]", "")
         room = paper.room
         record = records.load_records().get(paper.slug)
-        ratios = [m for m in record["measurements"] if m.against] if record else []
-        best = next((m for m in reversed(ratios) if m.name == "speed-up"), ratios[-1] if ratios else None)
+        best = records.headline(record) if record else None
         newest = f"{best.name} {records.interval(best)}" if best else ""
         table.add_row(paper.slug, records.status(paper), paper.summary.split(". ")[0], newest)
     console.print(table)

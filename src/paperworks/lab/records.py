@@ -105,28 +105,44 @@ def write_record(run: Run, root: Path) -> Path:
             figures.mkdir(exist_ok=True)
             shutil.copy(artefact, figures / (f"{run.paper}.png" if name == "figure" else f"{run.paper}-{name}.png"))
     load_records.cache_clear()
-    table = markdown_table(load_records(benchmarks / "records"))
-    (benchmarks / "README.md").write_text(f"# Benchmarks\n\n{table}", encoding="utf-8")
-    readme = root / "README.md"
-    if readme.is_file() and all(mark in (text := readme.read_text(encoding="utf-8")) for mark in _MARKS):
-        start, end = map(re.escape, _MARKS)
-        # A function, since the table's own text must not be read as a replacement pattern.
-        new = re.sub(f"{start}.*{end}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL)
-        readme.write_text(new, encoding="utf-8")
+    write_tables(root)
     return path
 
 
-def markdown_table(records: dict[str, dict[str, Any]]) -> str:
-    """Paper, claim, ours with its interval, and machine: a line for each measured ratio."""
+def write_tables(root: Path) -> None:
+    """Make the tables of `root`'s records: every ratio in benchmarks/README.md, one a paper in README.md."""
+    benchmarks = root / "benchmarks"
+    records = load_records(benchmarks / "records")
+    (benchmarks / "README.md").write_text(f"# Benchmarks\n\n{markdown_table(records)}", encoding="utf-8")
+    readme = root / "README.md"
+    if readme.is_file() and all(mark in (text := readme.read_text(encoding="utf-8")) for mark in _MARKS):
+        start, end = map(re.escape, _MARKS)
+        table = markdown_table(records, brief=True)
+        # A function, since the table's own text must not be read as a replacement pattern.
+        new = re.sub(f"{start}.*{end}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL)
+        readme.write_text(new, encoding="utf-8")
+
+
+def headline(record: dict[str, Any]) -> Measurement | None:
+    """The one figure that a list has room for: the last speed-up, else the last ratio; None where there is no ratio."""
+    ratios = [measurement for measurement in record["measurements"] if measurement.against]
+    return next((m for m in reversed(ratios) if m.name == "speed-up"), ratios[-1] if ratios else None)
+
+
+def markdown_table(records: dict[str, dict[str, Any]], *, brief: bool = False) -> str:
+    """Paper, claim, ours with its interval, and machine: a line for each measured ratio, or one a paper."""
     lines = ["| paper | the paper's claim | measured here | machine |", "| --- | --- | --- | --- |"]
     cards = load_cards()
     for slug, record in records.items():
         paper = cards[slug]
         claims = "; ".join(
-            f"{claim.metric} {figure(claim.value)} {claim.unit} against {claim.against or 'nothing'}"
-            for claim in paper.claims
+            " ".join(
+                filter(None, [claim.metric, figure(claim.value), claim.unit, f"against {claim.against or 'nothing'}"])
+            )
+            for claim in paper.claims[: 1 if brief else None]
         )
-        ratios = [m for m in record["measurements"] if m.against]
+        best = headline(record)
+        ratios = [best] if brief and best else [m for m in record["measurements"] if m.against]
         for index, measurement in enumerate(ratios or record["measurements"]):
             told = f"{measurement.name}, {measurement.series or paper.names[0]}: {interval(measurement)}"
             told += f" against {measurement.against}" if measurement.against else ""
