@@ -382,9 +382,8 @@ class _Reader:
         target, known = self.target, self.cache.lengths[0]
         missed = text[None, known:].to(target.device)
         line = torch.arange(missed.shape[1], device=target.device)[None]
-        # What is read first, and a single token, need no mask of ours.
-        plain = (not known or missed.shape[1] == 1) and not target.windowed
-        mask = None if plain else target._mask(TokenTree.chain(missed), self.cache.lengths)
+        # The model knows by itself how to read on, but for layers with a window, which count from the cache's end.
+        mask = target._mask(TokenTree.chain(missed), self.cache.lengths) if target.windowed else None
         # Of the tokens that were missed only the last one's law is wanted.
         logits = target._forward(missed, self.cache, known + line, mask, keep=1)[0][:, -1, : self.vocabulary]
         self.cache.commit(line, [missed.shape[1]])
