@@ -8,5 +8,24 @@ says so; one class, one sample, constant features or NaN is one clear sentence.
 """
 
 from paperworks.representation.features import layer_features
+from paperworks.representation.near_collapse import NearCollapse, central_path, near_collapse, orthogonal_collapse
+from paperworks.representation.neural_collapse import NeuralCollapse
+from paperworks.representation.unconstrained_features import (
+    FrameGeometry,
+    UnconstrainedFeatures,
+    frame_geometry,
+    unconstrained_features,
+)
 
-__all__ = ["layer_features"]
+__all__ = [
+    "FrameGeometry",
+    "NearCollapse",
+    "NeuralCollapse",
+    "UnconstrainedFeatures",
+    "central_path",
+    "frame_geometry",
+    "layer_features",
+    "near_collapse",
+    "orthogonal_collapse",
+    "unconstrained_features",
+]

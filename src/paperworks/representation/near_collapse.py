@@ -1,0 +1,274 @@
+"""near_collapse: features that must stay near given ones collapse a little more, and by how much (arXiv 2210.16658)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor
+
+_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class NearCollapse:
+    """The minimiser of the near-collapse model.
+
+    Attributes:
+        features: H, (N, d).
+        weight: The classifier W, (K, d).
+        losses: The objective after each round; it never rises.
+        variability_before: tr Sigma_W / tr Sigma_B of the given features.
+        variability_after: The same of `features`.
+        given: H0, (N, d).
+        labels: (N,).
+        lam_w: Decay of the classifier.
+        lam_h: Decay of the features.
+        beta: Pull towards the given features.
+    """
+
+    features: Tensor
+    weight: Tensor
+    losses: tuple[float, ...]
+    variability_before: float
+    variability_after: float
+    given: Tensor
+    labels: Tensor
+    lam_w: float
+    lam_h: float
+    beta: float
+
+    @property
+    def shrink(self) -> tuple[float, float]:
+        """Near collapse, an imperfection within classes is multiplied by these: along the class means, and across them."""
+        return self.beta / (self.beta + math.sqrt(self.lam_h / self.lam_w)), self.beta / (self.beta + self.lam_h)
+
+    @cached_property
+    def perturbation(self) -> Perturbation:
+        """The linear map from imperfections of the given features to those of the result."""
+        return Perturbation(self)
+
+    def plot(self) -> Any:
+        """Objective by round, and variability within classes before and after, as a matplotlib figure."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(self.losses, color="#1f6f8b")
+        left.set_xlabel("round")
+        left.set_ylabel("objective")
+        right.bar(["given", "collapsed further"], [self.variability_before, self.variability_after], color="#1f6f8b")
+        right.set_ylabel("within / between classes")
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+def near_collapse(
+    features: Tensor, labels: Tensor, *, lam_w: float, lam_h: float, beta: float, max_rounds: int = 100_000
+) -> NearCollapse:
+    """Collapse features a bit more, as the layers behind them would that cannot change them much.
+
+    Minimises |H W^T - Y|^2 / 2N + lam_w/2K |W|^2 + lam_h/2N |H|^2 + beta/2N |H - H0|^2 over H and W in turn, each step
+    exact, from H = H0. A large beta stands for few layers between H0 and H.
+
+    Args:
+        features: H0, (N, d), of a shallower layer.
+        labels: Classes 0..K-1 as whole numbers, as many samples of each, (N,).
+        lam_w: Decay of the classifier, above 0; the weight decay of a network's head.
+        lam_h: Decay of the features, at least 0; that of its body.
+        beta: Pull towards the given features, at least 0.
+        max_rounds: Rounds at most; it ends when the features change by less than 1e-10 of their size.
+
+    Raises:
+        ValueError: Values out of range, shapes that do not fit, classes of different sizes, or values that are not finite.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H0, y = torch.randn(12, 7, generator=generator), torch.arange(3).repeat(4)
+        >>> found = near_collapse(H0, y, lam_w=0.3, lam_h=0.2, beta=1.0)
+        >>> found.variability_after < found.variability_before
+        True
+    """
+    H0, Y = _checked(features, labels, lam_w, lam_h)
+    if not 0 <= beta < math.inf or lam_h + beta == 0:
+        raise ValueError(f"beta is a number of at least 0, and above 0 where lam_h is 0, got {beta}")
+    H, losses = H0, []
+    for _ in range(max_rounds):
+        W = best_classifier(H, Y, lam_w)
+        new = torch.linalg.solve(W.T @ W + (lam_h + beta) * _identity(H.T), (Y @ W + beta * H0).T).T
+        losses.append(_objective(new, W, H0, Y, lam_w, lam_h, beta))
+        change = torch.linalg.norm(new - H) / torch.linalg.norm(new).clamp_min(torch.finfo(H.dtype).tiny)
+        H = new
+        # Features that vanish get smaller by the same share each time.
+        if change < _TOLERANCE or torch.linalg.norm(H) < 1e-150:
+            break
+    W = best_classifier(H, Y, lam_w)
+    return NearCollapse(
+        H, W, tuple(losses), variability(H0, Y), variability(H, Y), H0, labels, lam_w, lam_h, beta
+    )  # fmt: skip
+
+
+def central_path(
+    features: Tensor, labels: Tensor, *, lam_w: float, lam_h: float, step: float = 0.01, steps: int = 2000
+) -> Tensor:
+    """Follow the central path, dH/dt = -((H W^T - Y) W + lam_h H) at the best W, by Euler's steps.
+
+    Along it tr Sigma_W / tr Sigma_B falls, for any features to begin with; t is about 1/beta.
+
+    Returns:
+        tr Sigma_W and tr Sigma_B at each time, the beginning included, (steps + 1, 2).
+
+    Raises:
+        ValueError: As `near_collapse`, or a step that is not above 0.
+    """
+    H, Y = _checked(features, labels, lam_w, lam_h)
+    if not step > 0 or steps < 1:
+        raise ValueError(f"step is above 0 and steps at least 1, got {step} and {steps}")
+    traces = [_traces(H, Y)]
+    for _ in range(steps):
+        W = best_classifier(H, Y, lam_w)
+        H = H - step * ((H @ W.T - Y) @ W + lam_h * H)
+        traces.append(_traces(H, Y))
+    return torch.stack(traces)
+
+
+def orthogonal_collapse(
+    num_classes: int,
+    per_class: int,
+    dim: int,
+    *,
+    lam_w: float,
+    lam_h: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fully collapsed features, a minimiser without H0: orthogonal means of squared length (1 - c) sqrt(lam_w / lam_h).
+
+    Args:
+        num_classes: K.
+        per_class: Samples of each.
+        dim: d, at least K.
+        lam_w: Decay of the classifier.
+        lam_h: Decay of the features; c = sqrt(lam_w lam_h) must be below 1, or both are zero.
+        generator: Of the directions.
+
+    Returns:
+        Features (K * per_class, dim), labels, and the classifier (K, dim).
+
+    Raises:
+        ValueError: Too few dimensions, or decays so strong that nothing is left.
+    """
+    c = math.sqrt(lam_w * lam_h)
+    if dim < num_classes or not 0 < c < 1:
+        raise ValueError(
+            f"{num_classes} orthogonal means need as many dimensions and 0 < lam_w lam_h < 1, got dim={dim}, "
+            f"lam_w={lam_w}, lam_h={lam_h}"
+        )
+    basis = torch.linalg.qr(torch.randn(dim, num_classes, dtype=torch.float64, generator=generator)).Q.T
+    means = math.sqrt((1 - c) * math.sqrt(lam_w / lam_h)) * basis
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    return means[labels], labels, math.sqrt(lam_h / lam_w) * means
+
+
+def best_classifier(H: Tensor, Y: Tensor, lam_w: float) -> Tensor:
+    """W = Y^T H (H^T H + n lam_w I)^(-1), (K, d), for n samples a class."""
+    n = len(Y) / Y.shape[1]
+    return torch.linalg.solve(H.T @ H + n * lam_w * _identity(H.T), H.T @ Y).T
+
+
+class Perturbation:
+    """F with dH = F dH0, to first order at a minimiser; matrix-free, or dense for small sizes.
+
+    With the Hessian's blocks, F = beta/N (f_HH - f_HW f_WW^(-1) f_WH)^(-1), and dW = -f_WW^(-1) f_WH dH.
+
+    Args:
+        at: The minimiser.
+    """
+
+    def __init__(self, at: NearCollapse) -> None:
+        self.at = at
+        H, W = at.features, at.weight
+        n = len(H) / len(W)
+        self._error = H @ W.T - F.one_hot(at.labels).to(H.dtype)
+        self._of_weight = torch.linalg.cholesky(H.T @ H + n * at.lam_w * _identity(H.T))
+        self._of_features = W.T @ W + (at.lam_h + at.beta) * _identity(H.T)
+
+    def classifier_response(self, dH: Tensor) -> Tensor:
+        """How the classifier answers, dW (..., K, d), to a change of the features dH (..., N, d)."""
+        mixed = (dH @ self.at.weight.T).mT @ self.at.features + self._error.T @ dH
+        return -torch.cholesky_solve(mixed.mT, self._of_weight).mT
+
+    def inverse(self, dH: Tensor) -> Tensor:
+        """The change of the given features (..., N, d) that leads to dH."""
+        dW = self.classifier_response(dH)
+        moved = dH @ self._of_features + self.at.features @ dW.mT @ self.at.weight + self._error @ dW
+        return moved / self.at.beta
+
+    def __call__(self, dH0: Tensor) -> Tensor:
+        """How the features answer, dH (N, d), to a change of the given ones (N, d); by conjugate gradients.
+
+        Raises:
+            ValueError: They did not converge: the minimiser is not isolated there.
+        """
+        shape = self.at.features.shape
+
+        def product(flat: Any) -> Any:
+            return self.inverse(torch.from_numpy(flat).view(shape)).reshape(-1).numpy()
+
+        size = shape.numel()
+        operator = LinearOperator((size, size), matvec=product, dtype="float64")
+        flat, failed = cg(operator, dH0.double().reshape(-1).numpy(), rtol=1e-12, maxiter=20 * size)
+        if failed:
+            raise ValueError("conjugate gradients did not converge: take a larger beta")
+        return torch.from_numpy(flat).view(shape)
+
+    def dense(self) -> Tensor:
+        """F as an array (N, d, N, d): what sample i's features get of a change of sample j's."""
+        shape = self.at.features.shape
+        size = shape.numel()
+        columns = self.inverse(torch.eye(size, dtype=torch.float64).view(size, *shape)).reshape(size, size).T
+        return torch.linalg.inv(columns).view(*shape, *shape)
+
+
+def variability(H: Tensor, Y: Tensor) -> float:
+    """Traces' ratio tr Sigma_W / tr Sigma_B of features (N, d) and one-hot labels (N, K); infinite where all class means are the same."""
+    within, between = _traces(H, Y)
+    return float(within / between)
+
+
+def _traces(H: Tensor, Y: Tensor) -> Tensor:
+    means = (Y / Y.sum(0)).T @ H
+    return torch.stack([(H - Y @ means).square().sum() / len(H), (means - H.mean(0)).square().sum() / len(means)])
+
+
+def _objective(H: Tensor, W: Tensor, H0: Tensor, Y: Tensor, lam_w: float, lam_h: float, beta: float) -> float:
+    terms = (H @ W.T - Y).square().sum() + lam_h * H.square().sum() + beta * (H - H0).square().sum()
+    return float(terms / 2 / len(H) + lam_w / 2 / len(W) * W.square().sum())
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
+def _checked(features: Tensor, labels: Tensor, lam_w: float, lam_h: float) -> tuple[Tensor, Tensor]:
+    """Features in float64, and one-hot labels."""
+    if features.ndim != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"features are (N, d) and labels N whole numbers, got {tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    if not bool(features.isfinite().all()):
+        raise ValueError("features hold NaN or infinity: look for what overflows before you measure collapse")
+    if not lam_w > 0 or not lam_h >= 0:
+        raise ValueError(f"lam_w is above 0 and lam_h at least 0, got {lam_w} and {lam_h}")
+    counts = torch.bincount(labels)
+    if len(counts) < 2 or bool((counts != counts[0]).any()):
+        raise ValueError(
+            f"the theory is of two or more classes of one size, got classes of {counts.tolist()[:10]} samples: take as "
+            "many of each"
+        )
+    return features.detach().double(), F.one_hot(labels).double()

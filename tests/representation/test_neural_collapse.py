@@ -1,0 +1,241 @@
+"""NeuralCollapse and the geometry it is measured against (arXiv 2301.00437)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from paperworks.representation import NeuralCollapse, frame_geometry, unconstrained_features
+
+
+def simplex(classes: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    rotation = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator)).Q
+    return (torch.eye(classes, dtype=torch.float64) - 1 / classes) @ rotation[:classes]
+
+
+def noisy(classes: int = 4, dim: int = 6, each: int = 10, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat(each)
+    means = torch.randn(classes, dim, dtype=torch.float64, generator=generator)
+    features = means[labels] + 0.3 * torch.randn(len(labels), dim, dtype=torch.float64, generator=generator)
+    weight = means + torch.randn(classes, dim, dtype=torch.float64, generator=generator)
+    return features, labels, weight
+
+
+def computed(features, labels, weight=None, bias=None, parts: int = 1):
+    metric = NeuralCollapse(int(labels.max()) + 1, weight=weight, bias=bias)
+    for part in torch.arange(len(features)).tensor_split(parts):
+        metric.update(features[part], labels[part])
+    if weight is not None:
+        for part in torch.arange(len(features)).tensor_split(parts):
+            metric.agree(features[part])
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+@pytest.mark.parametrize(
+    "counts, lam, depth, lengths, logits",
+    [
+        ((40, 20, 10, 10), 0.01, 1, (5.5246, 3.6721, 2.3623, 2.3623), (0.8735, 0.8211, 0.7470, 0.7470)),
+        ((40, 20, 10, 2), 0.004, 2, (11.3104, 6.9815, 4.2533, 1.1887), None),
+        ((40, 20, 10, 10), 0.003, 3, (15.544, 9.095, 5.259, 5.259), None),
+    ],
+)
+def test_1_solver_closed_form_and_published_values_agree(counts, lam, depth, lengths, logits):
+    geometry = frame_geometry(counts, lam_w=lam, lam_h=lam, depth=depth)
+    assert geometry.weight_squared.tolist() == pytest.approx(lengths, abs=1e-3)
+    if logits:
+        assert geometry.logit.tolist() == pytest.approx(logits, abs=1e-4)
+    found = unconstrained_features(
+        counts, 8, lam_w=lam, lam_h=lam, depth=depth, generator=torch.Generator().manual_seed(0)
+    )
+    gram = found.product @ found.product.T
+    assert torch.allclose(gram, torch.diag(geometry.weight_squared), atol=1e-3)
+    means = found.class_means
+    assert torch.allclose(means @ means.T, torch.diag(geometry.feature_squared), atol=1e-3)
+    assert torch.allclose(found.product @ means.T, torch.diag(geometry.logit), atol=1e-3)
+    # Every sample is at its class mean.
+    assert torch.allclose(found.features, means[found.labels], atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_1_stationary_length_is_the_least_by_brute_force(depth):
+    counts, lam = torch.tensor([60.0, 25.0, 9.0, 3.0], dtype=torch.float64), 0.004
+    geometry = frame_geometry(counts, lam_w=lam, lam_h=lam, depth=depth)
+    total = float(counts.sum())
+    b = depth * total * (total * lam ** (depth + 1)) ** (1 / depth)
+    x = torch.linspace(0, 40, 400_001, dtype=torch.float64)
+    for size, squared in zip(counts, geometry.weight_squared, strict=True):
+        best = x[(1 / (1 + x**depth) + b / size * x).argmin()]
+        assert float(squared) == pytest.approx(total * lam * float(best) ** depth, rel=2e-3, abs=1e-6)
+
+
+def test_2_threshold_of_one_layer_is_continuous():
+    counts = (40, 20, 10)
+    edge = (10 / 70**2) ** 0.5
+    kept, lost = (frame_geometry(counts, lam_w=lam, lam_h=lam) for lam in (edge * 0.999, edge * 1.001))
+    assert 0 < kept.weight_squared[2] < 0.05 and kept.threshold < 10 < lost.threshold
+    assert lost.weight_squared[2] == 0 and lost.collapsed.tolist() == [False, False, True]
+    found = unconstrained_features(counts, 4, lam_w=edge * 1.2, lam_h=edge * 1.2, generator=torch.Generator())
+    assert float(found.product[2].norm()) < 1e-4 < float(found.product[1].norm())
+
+
+def test_2_threshold_of_two_layers_is_a_jump():
+    counts, total = (40, 20, 10), 70.0
+    # b / n = 1/2 where 2 N sqrt(N lam^3) = n / 2.
+    edge = ((10 / 2 / 2 / total) ** 2 / total) ** (1 / 3)
+    kept, lost = (frame_geometry(counts, lam_w=lam, lam_h=lam, depth=2) for lam in (edge * 0.999, edge * 1.001))
+    assert float(kept.weight_squared[2]) >= total * edge * 0.999 and lost.weight_squared[2] == 0
+
+
+def test_3_equal_counts_with_a_bias_are_a_simplex():
+    geometry = frame_geometry([10] * 4, lam_w=0.01, lam_h=0.01)
+    assert geometry.weight_squared.std() == 0
+    found = unconstrained_features(
+        [10] * 4, 8, lam_w=0.005, lam_h=0.005, bias=True, generator=torch.Generator().manual_seed(0)
+    )
+    assert found.bias.tolist() == pytest.approx([0.25] * 4, abs=1e-3)
+    gram = found.product @ found.product.T
+    frame = torch.eye(4, dtype=torch.float64) - 0.25
+    assert float((gram / gram.norm() - frame / frame.norm()).norm()) < 1e-6
+
+
+def test_3_cross_entropy_with_a_bias_is_a_simplex():
+    found = unconstrained_features(
+        [10] * 4, 8, lam_w=0.01, lam_h=0.001, bias=True, loss="ce", generator=torch.Generator().manual_seed(0)
+    )
+    figures = computed(found.features, found.labels, found.product, found.bias)
+    assert figures["nc1"] < 1e-6 and figures["nc2_etf"] < 1e-4 and figures["nc3"] < 1e-4 and figures["nc4"] == 0
+    assert float(found.bias.std()) < 1e-4
+
+
+def test_4_bottleneck_keeps_the_largest_classes():
+    geometry = frame_geometry([40, 20, 10, 5], lam_w=0.01, lam_h=0.01, rank=2)
+    assert geometry.weight_squared.tolist() == pytest.approx([5.5746, 3.7221, 0, 0], abs=1e-4)
+    found = unconstrained_features([40, 20, 10, 5], 2, lam_w=0.01, lam_h=0.01, generator=torch.Generator())
+    assert torch.allclose(found.product @ found.product.T, torch.diag(geometry.weight_squared), atol=1e-3)
+    with pytest.raises(ValueError, match="share the last"):
+        frame_geometry([40, 10, 10, 5], lam_w=0.01, lam_h=0.01, rank=2)
+
+
+def test_5_known_values_on_constructed_features():
+    generator = torch.Generator().manual_seed(0)
+    means = simplex(4, 6, generator)
+    labels = torch.arange(4).repeat(5)
+    figures = computed(means[labels], labels, means, torch.zeros(4))
+    zero = ("nc1", "nc1_trace_ratio", "nc2_etf", "nc2_means_etf", "nc3", "nc3_etf", "nc4")
+    assert all(abs(figures[name]) < 1e-12 for name in zero) and figures["nc2_of"] > 0.1
+    frame = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator)).Q[:4]
+    figures = computed(frame[labels], labels, frame)
+    # Centring an orthogonal frame gives a simplex.
+    assert all(abs(figures[name]) < 1e-12 for name in ("nc1", "nc2_of", "nc3_of", "nc2_etf", "nc2_means_etf"))
+    geometry = frame_geometry([40, 20, 10], lam_w=0.01, lam_h=0.01)
+    metric = NeuralCollapse(3, weight=geometry.weight_squared.sqrt()[:, None] * frame[:3])
+    metric.update(
+        (geometry.feature_squared.sqrt()[:, None] * frame[:3])[torch.arange(3).repeat(2)], torch.arange(3).repeat(2)
+    )
+    assert all(float(value) < 1e-12 for value in metric.against(geometry).values())
+
+
+def test_5_nothing_depends_on_rotation_scale_order_or_splitting():
+    features, labels, weight = noisy()
+    expected = computed(features, labels, weight)
+    assert not any(value != value for value in expected.values()) and 0 < expected["nc4"] < 1
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(4))
+    assert computed(features @ rotation, labels, weight @ rotation) == pytest.approx(expected, abs=1e-6)
+    assert computed(features[order], labels[order], weight, parts=7) == pytest.approx(expected, abs=1e-6)
+    assert computed(3 * features, labels, 5 * weight) == pytest.approx(expected, abs=1e-6)
+
+
+def test_5_nc1_equals_its_definition_with_numpys_pseudo_inverse():
+    features, labels, _ = noisy(each=7)
+    means = torch.stack([features[labels == k].mean(0) for k in range(4)])
+    within = torch.stack([torch.outer(h - means[y], h - means[y]) for h, y in zip(features, labels, strict=True)]).mean(
+        0
+    )
+    apart = means - features.mean(0)
+    between = torch.stack([torch.outer(row, row) for row in apart]).mean(0)
+    import numpy as np
+
+    expected = np.trace(within.numpy() @ np.linalg.pinv(between.numpy(), rcond=1e-6)) / 4
+    assert computed(features, labels)["nc1"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_5_states_of_two_processes_add_up():
+    features, labels, weight = noisy()
+    whole = NeuralCollapse(4, weight=weight)
+    whole.update(features, labels)
+    halves = [NeuralCollapse(4, weight=weight) for _ in range(2)]
+    for half, part in zip(halves, torch.arange(len(labels)).tensor_split(2), strict=True):
+        half.update(features[part], labels[part])
+    # What torchmetrics does after it has gathered the states of all processes.
+    for name, reduce in whole._reductions.items():
+        setattr(halves[0], name, reduce(torch.stack([getattr(half, name) for half in halves])))
+    both, once = halves[0].compute(), whole.compute()
+    assert all(torch.allclose(both[name], once[name], atol=1e-9, equal_nan=True) for name in once)
+    whole.reset()
+    with pytest.raises(ValueError, match="no sample of class 0, 1, 2, 3"):
+        whole.compute()
+
+
+@pytest.mark.parametrize("lam", [0.002, 0.01])
+def test_6_majority_has_longer_rows_and_shorter_features(lam):
+    geometry = frame_geometry([80, 40, 20, 10], lam_w=lam, lam_h=lam)
+    assert (geometry.weight_squared.diff() < 0).all() and (geometry.feature_squared.diff() > 0).all()
+    found = unconstrained_features([80, 40, 20, 10], 6, lam_w=lam, lam_h=lam, generator=torch.Generator())
+    gram = found.product @ found.product.T
+    assert float((gram - gram.diag().diag()).abs().max()) < 1e-6
+
+
+def test_streams_a_loader_through_a_named_layer():
+    torch.manual_seed(0)
+    features, labels, _ = noisy(dim=5)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    batches = [(features[i : i + 9].float(), labels[i : i + 9]) for i in range(0, 40, 9)]
+    metric = NeuralCollapse.from_model(model, batches, "2")
+    with torch.no_grad():
+        hidden = model[:2](features.float())
+        head = model[2]
+    expected = computed(hidden, labels, head.weight, head.bias)
+    assert {name: float(value) for name, value in metric.compute().items()} == pytest.approx(expected, abs=1e-6)
+    assert metric.plot().axes
+    with pytest.raises(TypeError, match="is a ReLU"):
+        NeuralCollapse.from_model(model, batches, "1")
+    with pytest.raises(ValueError, match="no layer 'fc'"):
+        NeuralCollapse.from_model(model, batches, "fc")
+    with pytest.raises(ValueError, match=r"\(inputs, labels\)"):
+        NeuralCollapse.from_model(model, [features.float()], "2")
+
+
+def test_bad_input_is_one_clear_sentence():
+    features, labels, weight = noisy()
+    with pytest.raises(ValueError, match="at least 2"):
+        NeuralCollapse(1)
+    with pytest.raises(ValueError, match="a classifier of 3 classes"):
+        NeuralCollapse(3, weight=weight)
+    metric = NeuralCollapse(4, weight=weight)
+    with pytest.raises(ValueError, match="NaN"):
+        metric.update(features * float("nan"), labels)
+    with pytest.raises(ValueError, match=r"within 0\.\.3"):
+        metric.update(features, labels + 1)
+    with pytest.raises(ValueError, match="whole numbers"):
+        metric.update(features, labels.double())
+    with pytest.raises(ValueError, match="6 numbers each"):
+        metric.update(features[:, :5], labels)
+    with pytest.raises(ValueError, match="are the same"):
+        metric.update(torch.ones(8, 6), torch.arange(4).repeat(2))
+        metric.compute()
+    metric.reset()
+    metric.update(features[:4], labels[:4])
+    with pytest.raises(ValueError, match="single sample"):
+        metric.compute()
+    with pytest.raises(ValueError, match="compares a classifier"):
+        NeuralCollapse(4).agree(features)
+    for wrong in ({"lam_w": 0.0}, {"depth": 0}, {"rank": 0}):
+        with pytest.raises(ValueError):
+            frame_geometry([4, 2], **{"lam_w": 0.1, "lam_h": 0.1, **wrong})
+    with pytest.raises(ValueError, match="mse or ce"):
+        unconstrained_features([4, 2], 3, lam_w=0.1, lam_h=0.1, loss="l1")
+    with pytest.raises(ValueError, match="at least two class sizes"):
+        unconstrained_features([4], 3, lam_w=0.1, lam_h=0.1)
