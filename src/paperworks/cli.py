@@ -1,4 +1,4 @@
-"""The command line: list, search, show, run, compare, generate, results, bench."""
+"""The command line: list, search, show, run, compare, generate, results, bench, ingest, serve, digest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -49,8 +50,14 @@ def app() -> typer.Typer:
     )(compare)
     program.command("generate", epilog='Example: `paperworks generate --method hydra "Why is the sky blue?"`')(generate)
     program.command("results", epilog="Example: `paperworks results hydra`")(results)
+    program.command("inspect", epilog="Example: `paperworks inspect --model my_model.py:build --data digits`")(
+        inspect_model
+    )
     program.command("bench", epilog="Example: `paperworks bench hydra`")(bench)
+    program.command("serve", epilog="Example: `paperworks serve --port 8000`")(serve)
+    program.command("digest", epilog="Example: `paperworks digest --dry-run --to digests`")(digest)
     program.add_typer(_run_commands(), name="run")
+    program.add_typer(_ingest_commands(), name="ingest")
     return program
 
 
@@ -369,6 +376,43 @@ def generate(
     )
 
 
+def inspect_model(
+    model: Annotated[str, typer.Option(help="FILE.py:NAME, package.module:NAME, or a transformers image classifier.")],
+    data: Annotated[str, typer.Option(help="Data to show it, such as digits or mnist-10k.")],
+    layer: Annotated[str | None, typer.Option(help="The classifier's linear layer; the last one by default.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A safetensors file with the network's state.")] = None,
+    figure: Annotated[Path, typer.Option(help="Folder to write the figures to.")] = Path(),
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples shown at once.")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """What your own classifier or VAE has learnt: what is collapsed, how far, and what the theory says to change."""
+    from paperworks.lab.inspection import batches, inspect, load_network
+
+    network = load_network(model, weights=weights)
+    found = inspect(network, batches(data, batch_size)[0], layer=layer)
+    figure.mkdir(parents=True, exist_ok=True)
+    paths = {name: figure / f"{name}.png" for name in found.figures}
+    for name, path in paths.items():
+        found.figures[name].savefig(path, dpi=150)
+    if as_json:
+        findings = [vars(finding) for finding in found.findings]
+        told = {"kind": found.kind, "layer": found.layer, "samples": found.samples, "findings": findings}
+        return _print_json({**told, "figures": {name: str(path) for name, path in paths.items()}})
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{found.kind}, {found.layer}, {found.samples} samples", title_justify="left"
+    )
+    for heading in ("figure", "value", "what it says"):
+        table.add_column(heading, overflow="fold")
+    for finding in found.findings:
+        table.add_row(finding.name, f"{finding.value:.4g}", finding.says)
+    _console().print(table)
+    for path in paths.values():
+        print(f"figure: {path}")
+
+
 def _pairs(words: list[str]) -> dict[str, str]:
     """`--new-tokens 64 --model=x` as a dictionary."""
     options: dict[str, str] = {}
@@ -430,6 +474,118 @@ def results(
     _console().print(table)
 
 
+SinceOption = Annotated[
+    datetime | None,
+    typer.Option(formats=["%Y-%m-%d"], help="From this day; where the last ingest ended, or a week ago, by default."),
+]
+UntilOption = Annotated[
+    datetime | None, typer.Option(formats=["%Y-%m-%d"], help="To the beginning of this day; now by default.")
+]
+WordsOption = Annotated[bool, typer.Option("--words", help="Do not embed the papers, for search by words only.")]
+
+
+def _ingest_commands() -> typer.Typer:
+    example = "Example: `paperworks ingest arxiv --category cs.LG --since 2026-11-01`"
+    group = typer.Typer(
+        help="Take papers into the page's index; stopped, the same command goes on where it was.",
+        no_args_is_help=True,
+        epilog=example,
+        rich_markup_mode="markdown",
+    )
+    group.command("arxiv", epilog=example)(ingest_arxiv)
+    group.command("daily-papers", epilog="Example: `paperworks ingest daily-papers --since 2026-11-01`")(ingest_daily)
+    group.command("cards", epilog="Example: `paperworks ingest cards --abstracts`")(ingest_cards)
+    return group
+
+
+def ingest_arxiv(
+    category: Annotated[str, typer.Option(help="arXiv category, such as cs.LG.")],
+    since: SinceOption = None,
+    until: UntilOption = None,
+    url: Annotated[str | None, typer.Option(help="arXiv's API, where it is not at arxiv.org.")] = None,
+    words: WordsOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Papers of a category of arXiv: those submitted, and those revised since the last time."""
+    from paperworks.page import ingest
+
+    api = ingest.Arxiv(url) if url else ingest.Arxiv()
+    days = {"since": _in_utc(since), "until": _in_utc(until)}
+    _ingest(
+        lambda index, opened, progress: ingest.ingest_arxiv(
+            index, opened, category, source=api, progress=progress, **days
+        ),
+        store, words, as_json,
+    )  # fmt: skip
+
+
+def ingest_daily(
+    since: SinceOption = None,
+    until: UntilOption = None,
+    url: Annotated[str | None, typer.Option(help="The Hub, where it is not at huggingface.co.")] = None,
+    words: WordsOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hugging Face's daily papers, with their upvotes."""
+    from paperworks.page import ingest
+
+    days = {"since": _in_utc(since), "until": _in_utc(until)}
+    _ingest(
+        lambda index, opened, progress: ingest.ingest_daily_papers(
+            index, opened, source=ingest.DailyPapers(url), progress=progress, **days
+        ),
+        store, words, as_json,
+    )  # fmt: skip
+
+
+def ingest_cards(
+    abstracts: Annotated[bool, typer.Option("--abstracts", help="Ask arXiv for their abstracts and authors.")] = False,
+    url: Annotated[str | None, typer.Option(help="arXiv's API, where it is not at arxiv.org.")] = None,
+    words: WordsOption = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The cards, which are what runs here."""
+    from paperworks.page import ingest
+
+    api = ingest.Arxiv(url) if url else ingest.Arxiv()
+    _ingest(
+        lambda index, opened, progress: ingest.ingest_cards(index, abstracts=abstracts, source=api),
+        store, words, as_json,
+    )  # fmt: skip
+
+
+def _ingest(read: Callable[..., Any], store: str | None, words: bool, as_json: bool) -> None:
+    """Read a source into the index, embed what is new, and say what came."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from paperworks.lab.store import Store
+    from paperworks.page.index import Index
+
+    shown = sys.stderr.isatty() and not as_json
+    with Store(store) as opened, Progress(console=Console(stderr=True), disable=not shown) as bars:
+        index = Index(opened)
+
+        def bar(description: str) -> Callable[[int, int], None]:
+            task = bars.add_task(description, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        came = read(index, opened, bar("reading"))
+        embedded = 0 if words else index.build(bar("embedding"))
+        held = index.search("", limit=1).total
+    told = {"read": came.read, "new": came.new, "updated": came.updated, "embedded": embedded, "held": held}
+    if as_json:
+        return _print_json(told)
+    print(f"{came.read} papers read: {came.new} new, {came.updated} updated; the index holds {held}")
+
+
+def _in_utc(day: datetime | None) -> datetime | None:
+    return day and day.replace(tzinfo=UTC)
+
+
 def bench(
     papers: Annotated[list[str] | None, typer.Argument(help="Papers; all that have a recipe by default.")] = None,
     missing: Annotated[
@@ -454,3 +610,61 @@ def bench(
         if run.status == "finished":
             print(f"record: {records.write_record(run, root)}")
     return worst
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen at; this machine only by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address by which readers come, such as https://papers.example.org.")
+    ] = None,
+    allow_runs: Annotated[
+        bool, typer.Option("--allow-runs", help="Let readers start runs without logging in.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Server processes that share the work.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs that may take place at once.")] = 1,
+    store: StoreOption = None,
+) -> None:
+    """The page: search, trending, subscriptions, and a run button for every paper."""
+    from paperworks.page.app import serve as serve_page
+
+    serve_page(
+        host=host, port=port, base_url=base_url, processes=processes, allow_runs=allow_runs, workers=workers,
+        store_url=store,
+    )  # fmt: skip
+
+
+def digest(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the digests as HTML and text, send nothing, change nothing.")
+    ] = False,
+    to: Annotated[Path, typer.Option(help="Folder to write them into.")] = Path("digests"),
+    base_url: Annotated[
+        str, typer.Option(help="Address by which readers come, such as https://papers.example.org.")
+    ] = "http://127.0.0.1:8000",
+    store: StoreOption = None,
+) -> None:
+    """The e-mail of new and trending papers, to those whose subscription is due; for a daily or hourly timer.
+
+    Mails go through the server of PAPERWORKS_SMTP=smtp://user:password@host:port?from=papers@example.org.
+    """
+    import os
+
+    from paperworks.lab.store import Store
+    from paperworks.page.digest import put_digests, write_digests
+    from paperworks.page.index import Index
+    from paperworks.page.mail import send_pending
+
+    smtp = os.environ.get("PAPERWORKS_SMTP")
+    if not (smtp or dry_run):
+        raise UsageError("PAPERWORKS_SMTP names no mail server; set it, or write files instead: --dry-run --to FOLDER")
+    with Store(store) as opened:
+        Index(opened).sync_cards()
+        now = datetime.now(UTC)
+        if dry_run:
+            for path in write_digests(opened, base_url, now, to):
+                print(path)
+            return
+        made = put_digests(opened, base_url, now)
+        sent = send_pending(opened, str(smtp))
+    print(f"{made} digests made, {sent.sent} mails sent, {sent.failed} failed")

@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text, update
+from sqlalchemy import create_engine, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from paperworks.errors import UsageError
@@ -23,6 +23,7 @@ from paperworks.lab import Run, Store
 from paperworks.lab import store as module
 from paperworks.lab.run import Bar, Bars, Environment, Log, Measurement
 from paperworks.lab.store import SCHEMA, Base, RunRow
+from paperworks.page import tables  # noqa: F401 (the page's tables are among those compared)
 
 
 @pytest.fixture
@@ -171,6 +172,37 @@ def test_two_processes_write_at_once_and_nothing_is_lost(store_url):
         for run in store.runs():
             assert run.status == "finished"
             assert [m.value for m in run.measurements] == list(range(200))
+
+
+def _count_up(url: str, start: float) -> None:
+    with Store(url) as store:
+        time.sleep(max(0.0, start - time.time()))
+        for _ in range(30):
+            with store.writing(alone=True) as session:
+                seed = session.scalar(select(RunRow.seed))
+                session.execute(update(RunRow).values(seed=seed + 1))
+
+
+def test_what_one_reads_who_writes_alone_stays_true_until_it_has_written(store, store_url):
+    begun(store, seed=0)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_count_up, args=(store_url, time.time() + 3)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 3
+    with store.reading() as session:
+        assert session.scalar(select(RunRow.seed)) == 90
+
+
+def test_a_writer_that_raises_has_written_nothing(store):
+    begun(store, seed=0)
+    with pytest.raises(RuntimeError), store.writing() as session:
+        session.execute(update(RunRow).values(seed=7))
+        raise RuntimeError
+    with store.reading() as session:
+        assert session.scalar(select(RunRow.seed)) == 0
 
 
 def test_processes_that_open_an_empty_store_at_once_make_it_once(store_url):

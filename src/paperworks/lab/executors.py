@@ -41,6 +41,7 @@ def execute(
     store: Store | str | Path | None = None,
     on: str = "here",
     show_progress: bool = True,
+    run_id: str | None = None,
 ) -> Run:
     """Execute a recipe and keep the run, however it ends.
 
@@ -53,6 +54,7 @@ def execute(
         on: "here", "ray" (a Ray of this machine, started where none is), "auto" (the Ray cluster this machine
             is part of) or "ray://host:port".
         show_progress: Show progress on the error stream where that is a terminal.
+        run_id: Its identity, where it has been announced already; made from the time by default.
 
     Returns:
         The run: finished, or failed with its error and traceback.
@@ -78,9 +80,9 @@ def execute(
         raise UsageError(f"seed is a whole number of at least 0, not {seed!r}")
     place = executor(on)
     if isinstance(store, Store):
-        return _execute(chosen, options, scale, seed, store, place, show_progress)
+        return _execute(chosen, options, scale, seed, store, place, show_progress, run_id)
     with Store(store) as opened:
-        return _execute(chosen, options, scale, seed, opened, place, show_progress)
+        return _execute(chosen, options, scale, seed, opened, place, show_progress, run_id)
 
 
 def _execute(
@@ -91,6 +93,7 @@ def _execute(
     store: Store,
     place: Executor,
     show_progress: bool,
+    run_id: str | None,
 ) -> Run:
     display = Display() if show_progress and sys.stderr.isatty() else None
     run = Run(
@@ -98,6 +101,7 @@ def _execute(
         options,
         seed=seed,
         scale=scale,
+        id=run_id,
         artefacts=store.artefacts,
         recorder=store,
         parallel=place.map,
@@ -109,7 +113,8 @@ def _execute(
             place.work(recipe, run)
             _end(run, "finished")
         except (KeyboardInterrupt, SystemExit) as stop:
-            _end(run, "interrupted", stop, "stopped by the user")
+            told = str(stop) if isinstance(stop, KeyboardInterrupt) else ""
+            _end(run, "interrupted", stop, told or "stopped by the user")
             raise
         except Exception as error:
             _end(run, "failed", error, _sentence(error))

@@ -7,9 +7,10 @@ import os
 import re
 import sqlite3
 from collections import defaultdict
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from paperworks.errors import UsageError
 from paperworks.papers import ROOMS, Paper, load_cards
@@ -39,6 +40,7 @@ _EMPTY = frozenset(
     | {"me", "my", "of", "on", "or", "our", "the", "to", "what", "with"}
 )
 _RANK_OFFSET = 60
+Found = TypeVar("Found")
 
 
 def search(query: str, *, meaning: bool = True, embedder: str | None = None, limit: int = 10) -> list[Paper]:
@@ -64,21 +66,54 @@ def search(query: str, *, meaning: bool = True, embedder: str | None = None, lim
         raise UsageError('the search is empty: give a few words, such as `paperworks search "make my llm faster"`')
     cards = load_cards()
     orders = [by_words(query, cards)]
-    chosen = embedder or os.environ.get("PAPERWORKS_EMBEDDER") or _installed_embedder()
-    if meaning and chosen and find_spec("sentence_transformers") is not None:
+    chosen = chosen_embedder(embedder)
+    if meaning and chosen:
         orders.append(by_meaning(query, cards, chosen))
-    elif embedder:
-        raise UsageError('meaning needs sentence-transformers: pip install "paperworks[page]"')
-    score: dict[str, float] = defaultdict(float)
-    for order in orders:
-        for rank, slug in enumerate(order):
-            score[slug] += 1 / (_RANK_OFFSET + rank)
+    score = fused(orders)
     return [cards[slug] for slug in sorted(score, key=lambda slug: -score[slug])[:limit]]
+
+
+def words_of(query: str) -> list[str]:
+    """The words of a query that say something about what is sought, in lower case.
+
+    Example:
+        >>> words_of("Make my LLM faster!")
+        ['llm', 'faster']
+    """
+    return [word for word in re.findall(r"\w+", query.lower()) if word not in _EMPTY]
+
+
+def chosen_embedder(embedder: str | None = None) -> str | None:
+    """The embedder given, else that of PAPERWORKS_EMBEDDER, else the installed one; None where none can be used.
+
+    Raises:
+        UsageError: One is given, but sentence-transformers is not installed.
+    """
+    if find_spec("sentence_transformers") is not None:
+        return embedder or os.environ.get("PAPERWORKS_EMBEDDER") or _installed_embedder()
+    if embedder:
+        raise UsageError('meaning needs sentence-transformers: pip install "paperworks[page]"')
+    return None
+
+
+def fused(orders: Iterable[Iterable[Found]]) -> dict[Found, float]:
+    """The score of all that was found, by reciprocal rank fusion: the sum of 1 / (60 + rank) over the orders.
+
+    Example:
+        >>> score = fused([["a", "b"], ["b", "c"]])
+        >>> max(score, key=score.get)
+        'b'
+    """
+    score: dict[Found, float] = defaultdict(float)
+    for order in orders:
+        for rank, found in enumerate(order):
+            score[found] += 1 / (_RANK_OFFSET + rank)
+    return dict(score)
 
 
 def by_words(query: str, cards: dict[str, Paper]) -> list[str]:
     """Slugs of cards that share a word with the query, by BM25."""
-    words = [word for word in re.findall(r"\w+", query.lower()) if word not in _EMPTY]
+    words = words_of(query)
     if not words:
         return []
     with sqlite3.connect(":memory:") as database:
@@ -103,7 +138,7 @@ def _columns(paper: Paper) -> tuple[str, str, str, str, str, str]:
 def by_meaning(query: str, cards: dict[str, Paper], embedder: str) -> list[str]:
     """Slugs of all cards, by cosine between their embedding and the query's."""
     texts = [f"{paper.title}. {ROOMS[paper.room]}. {paper.summary}" for paper in cards.values()]
-    model = _load(embedder)
+    model = load_embedder(embedder)
     embedded = _card_embeddings(model, embedder, texts)
     likeness = embedded @ model.encode(query, normalize_embeddings=True)
     slugs = list(cards)
@@ -123,7 +158,12 @@ def _card_embeddings(model: Any, embedder: str, texts: list[str]) -> Any:
     return np.load(cached_folder("embeddings", key, build) / "vectors.npy")
 
 
-def _load(embedder: str) -> Any:
+def load_embedder(embedder: str) -> Any:
+    """The sentence-transformers model of this folder or name, on the CPU.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
     import logging
 
     from sentence_transformers import SentenceTransformer

@@ -36,7 +36,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from paperworks.errors import UsageError
 from paperworks.lab.run import Artefact, Bar, Bars, Entry, Environment, Log, Measurement, Run, Status
 
-SCHEMA = "0001"
+SCHEMA = "0004"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _HEARTBEAT_LOST = 60.0
 _CURE = "start it, or set PAPERWORKS_STORE to one that does"
@@ -154,7 +154,7 @@ class Store:
     def __init__(self, url: str | Path | None = None, *, artefacts: Path | None = None) -> None:
         self._url = _parsed(url or os.environ.get("PAPERWORKS_STORE") or user_data_path("paperworks") / "runs.db")
         if artefacts is None:
-            beside = Path(str(self._url.database)).parent if self._sqlite else user_data_path("paperworks")
+            beside = Path(str(self._url.database)).parent if self.sqlite else user_data_path("paperworks")
             artefacts = beside / "artefacts"
         self.artefacts = artefacts
         with self._answering():
@@ -179,29 +179,13 @@ class Store:
         self.close()
 
     def begin(self, run: Run) -> None:
-        """Take in a run that this process starts now."""
-        process = psutil.Process()
-        row = RunRow(
-            id=run.id,
-            paper=run.paper,
-            parameters=run.parameters,
-            seed=run.seed,
-            scale=run.scale,
-            status=run.status,
-            started=run.started.timestamp(),
-            environment=run.environment,
-            progress=[],
-            host=platform.node(),
-            pid=process.pid,
-            process_started=process.create_time(),
-            heartbeat=time.time(),
-        )
-        with self._writing() as session:
-            session.add(row)
+        """Take in a run that this process starts now, or take over one that another process has announced."""
+        with self.writing() as session:
+            session.merge(row_of(run))
 
     def add(self, run_id: str, entry: Entry) -> None:
         """Keep one entry of a run; it is in the database when this returns."""
-        with self._writing() as session:
+        with self.writing() as session:
             match entry:
                 case Measurement():
                     session.add(MeasurementRow(run_id=run_id, **vars(entry)))
@@ -217,7 +201,7 @@ class Store:
 
     def beat(self, run_id: str) -> None:
         """Say that the process of a run is alive."""
-        with self._writing() as session:
+        with self.writing() as session:
             session.execute(_of(run_id).values(heartbeat=time.time()))
 
     def end(self, run: Run) -> None:
@@ -226,7 +210,7 @@ class Store:
         end = _of(run.id).values(
             status=run.status, finished=finished, error=run.error, traceback=run.traceback, progress=[]
         )
-        with self._writing() as session:
+        with self.writing() as session:
             session.execute(end)
 
     def runs(self, paper: str | None = None, status: Status | None = None, limit: int | None = None) -> list[Run]:
@@ -243,7 +227,7 @@ class Store:
             query = query.where(RunRow.paper == paper)
         if status is not None:
             query = query.where(RunRow.status == status)
-        with self._reading() as session:
+        with self.reading() as session:
             return [self._run(row) for row in session.scalars(query)]
 
     def run(self, id: str) -> Run:
@@ -253,7 +237,7 @@ class Store:
             UsageError: There is none.
         """
         self._mark_interrupted()
-        with self._reading() as session:
+        with self.reading() as session:
             row = session.get(RunRow, id)
             if row is None:
                 raise UsageError(f"there is no run {id!r} in {self.url}; `paperworks results` lists the runs")
@@ -262,10 +246,6 @@ class Store:
     def latest(self, paper: str) -> Run | None:
         """The newest finished run of a paper, or None."""
         return next(iter(self.runs(paper, "finished", limit=1)), None)
-
-    @property
-    def _sqlite(self) -> bool:
-        return self._url.get_backend_name() == "sqlite"
 
     def _run(self, row: RunRow) -> Run:
         run = Run(
@@ -288,13 +268,13 @@ class Store:
         return run
 
     def _mark_interrupted(self) -> None:
-        with self._reading() as session:
+        with self.reading() as session:
             running = session.scalars(select(RunRow).where(RunRow.status == "running")).all()
         for row in running:
             if _alive(row):
                 continue
             mark = _of(row.id).where(RunRow.status == "running", RunRow.heartbeat == row.heartbeat)
-            with self._writing() as session:
+            with self.writing() as session:
                 session.execute(
                     mark.values(
                         status="interrupted",
@@ -304,14 +284,35 @@ class Store:
                     )
                 )
 
+    @property
+    def sqlite(self) -> bool:
+        """Whether the database is a SQLite file; else it is PostgreSQL."""
+        return self._url.get_backend_name() == "sqlite"
+
     @contextmanager
-    def _reading(self) -> Iterator[Session]:
+    def reading(self) -> Iterator[Session]:
+        """A session to read with.
+
+        Raises:
+            UsageError: The database does not answer.
+        """
         with self._answering(), Session(self._engine) as session:
             yield session
 
     @contextmanager
-    def _writing(self) -> Iterator[Session]:
+    def writing(self, *, alone: bool = False) -> Iterator[Session]:
+        """A session to write with: its changes are in the database when the block ends, or none is when it raises.
+
+        Args:
+            alone: Whether other sessions that write alone wait meanwhile, so that what this one reads stays true
+                until it has written.
+
+        Raises:
+            UsageError: The database does not answer.
+        """
         with self._answering(), Session(self._engine) as session, session.begin():
+            if alone:
+                session.execute(text("BEGIN IMMEDIATE" if self.sqlite else "SELECT pg_advisory_xact_lock(727666)"))
             yield session
 
     @contextmanager
@@ -325,7 +326,7 @@ class Store:
             raise UsageError(f"the store {self.url} does not answer ({reason[-1] or reason[0]}); {_CURE}") from error
 
     def _connected(self) -> Engine:
-        if not self._sqlite:
+        if not self.sqlite:
             return create_engine(self._url, connect_args={"connect_timeout": 5}, pool_pre_ping=True)
         try:
             Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +342,7 @@ class Store:
                 return
         with _migrating, self._engine.connect() as connection:
             # One process at a time: the others wait here, and find the work done.
-            if self._sqlite:
+            if self.sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
                 connection.execute(text("SELECT pg_advisory_xact_lock(727665)"))
@@ -366,6 +367,26 @@ class Store:
                 "pip install --upgrade paperworks, or set PAPERWORKS_STORE to another"
             ) from None
         command.upgrade(config, "head")
+
+
+def row_of(run: Run) -> RunRow:
+    """The row of a run that belongs to this process from now on."""
+    process = psutil.Process()
+    return RunRow(
+        id=run.id,
+        paper=run.paper,
+        parameters=run.parameters,
+        seed=run.seed,
+        scale=run.scale,
+        status=run.status,
+        started=run.started.timestamp(),
+        environment=run.environment,
+        progress=[],
+        host=platform.node(),
+        pid=process.pid,
+        process_started=process.create_time(),
+        heartbeat=time.time(),
+    )
 
 
 def _of(run_id: str) -> Any:

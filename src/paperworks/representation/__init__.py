@@ -10,22 +10,42 @@ says so; one class, one sample, constant features or NaN is one clear sentence.
 from paperworks.representation.features import layer_features
 from paperworks.representation.near_collapse import NearCollapse, central_path, near_collapse, orthogonal_collapse
 from paperworks.representation.neural_collapse import NeuralCollapse
+from paperworks.representation.posterior_collapse import (
+    LinearCVAE,
+    LinearHVAE2,
+    LinearVAE,
+    PosteriorCollapse,
+    linear_cvae_solution,
+    linear_hvae_solution,
+    linear_vae_solution,
+)
 from paperworks.representation.unconstrained_features import (
     FrameGeometry,
     UnconstrainedFeatures,
     frame_geometry,
     unconstrained_features,
 )
+from paperworks.representation.variable_activity import PassiveFilter, VariableActivity, representation_report
 
 __all__ = [
     "FrameGeometry",
+    "LinearCVAE",
+    "LinearHVAE2",
+    "LinearVAE",
     "NearCollapse",
     "NeuralCollapse",
+    "PassiveFilter",
+    "PosteriorCollapse",
     "UnconstrainedFeatures",
+    "VariableActivity",
     "central_path",
     "frame_geometry",
     "layer_features",
+    "linear_cvae_solution",
+    "linear_hvae_solution",
+    "linear_vae_solution",
     "near_collapse",
     "orthogonal_collapse",
+    "representation_report",
     "unconstrained_features",
 ]

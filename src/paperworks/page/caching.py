@@ -1,0 +1,97 @@
+"""Answers that many readers share for some seconds, so that a crowd costs no more than one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+@dataclass(frozen=True)
+class _Answer:
+    messages: list[Message]
+    good_until: float
+
+
+class Shared:
+    """Keeps the answers to readers who are not signed in, and makes each once while many ask for it.
+
+    Only pages that are the same for all of them may be shared: lists, without forms that carry a token.
+
+    Args:
+        app: What answers.
+        paths: The pages that are shared.
+        seconds: How long an answer is good; for as long again it is still given while a new one is made.
+        most: How many answers are kept.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        paths: tuple[str, ...],
+        seconds: float = 5.0,
+        most: int = 1000,
+        clock: Any = time.monotonic,
+    ) -> None:
+        self._app, self._paths, self._seconds, self._most, self._clock = app, paths, seconds, most, clock
+        self._answers: OrderedDict[tuple[Any, ...], _Answer] = OrderedDict()
+        self._making: dict[tuple[Any, ...], asyncio.Task[_Answer]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer from what is kept, or make the answer and keep it."""
+        if not self._shared(scope):
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        key: tuple[Any, ...] = (
+            scope["method"],
+            scope["path"],
+            scope["query_string"],
+            headers.get("host"),
+            headers.get("accept"),
+        )
+        key = (*key, bool(scope.get("paperworks.json")))
+        answer, now = self._answers.get(key), self._clock()
+        if answer is None or answer.good_until < now:
+            task = self._making.get(key)
+            if task is None:
+                task = self._making[key] = asyncio.create_task(self._make(key, scope, receive))
+                task.add_done_callback(lambda _: self._making.pop(key, None))
+            if answer is None or answer.good_until + self._seconds < now:
+                # One reader who leaves does not take the answer from the others.
+                answer = await asyncio.shield(task)
+        for message in answer.messages:
+            await send(_copy(message))
+
+    def _shared(self, scope: Scope) -> bool:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return False
+        cookies = Headers(scope=scope).get("cookie", "")
+        return scope["path"] in self._paths and "session=" not in cookies
+
+    async def _make(self, key: tuple[Any, ...], scope: Scope, receive: Receive) -> _Answer:
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self._app(scope, receive, keep)
+        answer = _Answer(messages, self._clock() + self._seconds)
+        if messages[0]["status"] == 200:
+            self._answers[key] = answer
+            self._answers.move_to_end(key)
+        while len(self._answers) > self._most:
+            self._answers.popitem(last=False)
+        return answer
+
+
+def _copy(message: Message) -> MutableMapping[str, Any]:
+    """A message of its own, for those who pass it on add headers."""
+    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)

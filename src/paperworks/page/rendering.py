@@ -1,0 +1,308 @@
+"""What a reader's browser gets: escaped text, mathematics as MathML, BibTeX, and each page as HTML or JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
+from html import unescape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+from xml.etree.ElementTree import Element
+
+from fastapi import Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from paperworks.lab.records import figure, interval, machine
+from paperworks.lab.run import Measurement
+from paperworks.page.index import Entry
+from paperworks.page.safety import csrf_token, reader
+from paperworks.papers import ROOMS
+
+STATIC = Path(__file__).parent / "static"
+# As pandoc has it: no blank inside the dollars, no digit after them, so that prices stay prices.
+_MATHEMATICS = re.compile(r"(?<![\\$\w])\$(?=\S)([^$\n]{1,300}?)(?<=\S)\$(?![\d$])|\\\((.{1,300}?)\\\)")
+_ELEMENTS = frozenset(
+    {"math", "mi", "mn", "mo", "ms", "mtext", "mspace", "mrow", "mfrac", "msqrt", "mroot", "mstyle", "merror"}
+    | {"mpadded", "mphantom", "msub", "msup", "msubsup", "munder", "mover", "munderover", "mmultiscripts"}
+    | {"mprescripts", "mtable", "mtr", "mtd", "menclose"}
+)
+_ATTRIBUTES = frozenset(
+    {"accent", "accentunder", "columnalign", "columnspacing", "depth", "displaystyle", "fence", "form", "height"}
+    | {"largeop", "linethickness", "lspace", "mathvariant", "maxsize", "minsize", "movablelimits", "rowspacing"}
+    | {"rspace", "scriptlevel", "separator", "stretchy", "symmetric", "width"}
+)
+_BIBTEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%#_"} | {"~": r"\textasciitilde{}", "{": "", "}": "", "\\": ""}
+)
+
+
+def text(source: str) -> Markup:
+    r"""Text of a paper as HTML: all of it escaped, `$...$` and `\(...\)` as MathML.
+
+    Example:
+        >>> print(text("<b> in $n^2$"))
+        &lt;b&gt; in <math><mrow><msup><mi>n</mi><mn>2</mn></msup></mrow></math>
+    """
+    return mathematics(str(escape(source)))
+
+
+def mathematics(html: str) -> Markup:
+    """The same with HTML that is escaped already and holds nothing but `<mark>`, which mathematics loses."""
+    return Markup(_MATHEMATICS.sub(_converted, html))
+
+
+def _converted(match: re.Match[str]) -> str:
+    source = unescape(re.sub(r"</?mark>", "", match[1] or match[2]))
+    return _mathml(source) or match[0]
+
+
+@lru_cache(maxsize=4096)
+def _mathml(source: str) -> str:
+    """MathML of LaTeX, empty where it is not understood."""
+    from latex2mathml.converter import convert_to_element
+
+    try:
+        return _clean(convert_to_element(source))
+    # The converter has many exceptions of its own and meets some of Python's on broken input.
+    except Exception:
+        return ""
+
+
+def _clean(element: Element) -> str:
+    """An element as text, with only what draws: LaTeX could name links, styles and elements of its own."""
+    inside = escape(unescape(element.text or ""))
+    children = "".join(_clean(child) for child in element)
+    tail = escape(unescape(element.tail or ""))
+    if element.tag not in _ELEMENTS:
+        return f"{inside}{children}{tail}"
+    kept = "".join(f' {name}="{escape(value)}"' for name, value in element.attrib.items() if name in _ATTRIBUTES)
+    return f"<{element.tag}{kept}>{inside}{children}</{element.tag}>{tail}"
+
+
+def bibtex(entry: Entry) -> str:
+    """How to cite a paper.
+
+    Example:
+        >>> entry = Entry(key="2402.05109", title="Hydra", authors=("Zack Ankner",), published=datetime(2024, 2, 7, tzinfo=UTC))
+        >>> print(bibtex(entry))
+        @misc{ankner2024hydra,
+          title = {{Hydra}},
+          author = {Zack Ankner},
+          year = {2024},
+          eprint = {2402.05109},
+          archivePrefix = {arXiv},
+          url = {https://arxiv.org/abs/2402.05109},
+        }
+        <BLANKLINE>
+    """
+    surname = entry.authors[0].split()[-1] if entry.authors else ""
+    word = next(iter(re.findall(r"\w{4,}", entry.title)), entry.title)
+    plain = unicodedata.normalize("NFKD", f"{surname}{entry.year}{word}").encode("ascii", "ignore").decode().lower()
+    values = {
+        "title": f"{{{_latex(entry.title)}}}",
+        "author": " and ".join(map(_latex, entry.authors)),
+        "year": str(entry.year),
+        "eprint": "" if entry.key.startswith("card:") else entry.key,
+        "archivePrefix": "" if entry.key.startswith("card:") else "arXiv",
+        "url": re.sub(r"[{}\\\s]", "", entry.url),
+    }
+    lines = [f"  {name} = {{{value}}}," for name, value in values.items() if value]
+    return "\n".join([f"@misc{{{re.sub(r'[^a-z0-9]', '', plain) or 'paper'},", *lines, "}\n"])
+
+
+def _latex(source: str) -> str:
+    """Text for LaTeX; mathematics stays as it is."""
+    pieces = re.split(r"(\$[^$]+\$)", source)
+    return "".join(
+        piece if index % 2 and piece.count("{") == piece.count("}") else piece.translate(_BIBTEX).replace("$", r"\$")
+        for index, piece in enumerate(pieces)
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a ratio and its interval lie on an axis, in per cent of its width.
+
+    Attributes:
+        low: Left end of the interval.
+        value: The ratio.
+        high: Right end.
+        one: Where baseline and method are equal.
+        verdict: "better", "worse", or "even" where the interval holds 1.
+    """
+
+    low: float
+    value: float
+    high: float
+    one: float
+    verdict: str
+
+
+def spans(measurements: Sequence[Measurement]) -> list[Span | None]:
+    """Each ratio on one logarithmic axis; None for what cannot be drawn there.
+
+    Example:
+        >>> [span] = spans([Measurement("speed-up", 2.0, "x", low=1.0, high=4.0, against="plain")])
+        >>> round(span.value), span.verdict
+        (50, 'even')
+    """
+    drawn = [m for m in measurements if m.against and m.value > 0 and (m.low is None or m.low > 0)]
+    ends = [math.log(end) for m in drawn for end in (m.low or m.value, m.high or m.value)]
+    left, right = min([0.0, *ends]), max([0.0, *ends])
+    width = (right - left) or 1.0
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (math.log(value) - left) / width, 2)
+
+    return [
+        Span(place(m.low or m.value), place(m.value), place(m.high or m.value), place(1.0), verdict(m))
+        if m in drawn
+        else None
+        for m in measurements
+    ]
+
+
+def verdict(measurement: Measurement) -> str:
+    """Whether a ratio is better or worse than its baseline, or even as far as its interval tells.
+
+    Example:
+        >>> verdict(Measurement("perplexity", 0.9, "x", better="lower", low=0.8, high=0.95, against="dense"))
+        'better'
+    """
+    low, high = measurement.low or measurement.value, measurement.high or measurement.value
+    if low <= 1 <= high:
+        return "even"
+    return "better" if (low > 1) == (measurement.better == "higher") else "worse"
+
+
+def ago(then: datetime, now: datetime | None = None) -> str:
+    """How long ago something was.
+
+    Example:
+        >>> ago(datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, 3, tzinfo=UTC))
+        '3 hours ago'
+    """
+    seconds = ((now or datetime.now(UTC)) - then).total_seconds()
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def paper_path(entry: Entry) -> str:
+    """Address of a paper's page on this site."""
+    return f"/papers/{entry.slug or quote(entry.key)}"
+
+
+def with_query(path: str, **values: object) -> str:
+    """An address with those values that say something.
+
+    Example:
+        >>> with_query("/search", q="a b", room=None, page=2)
+        '/search?q=a+b&page=2'
+    """
+    given = {name: value for name, value in values.items() if value not in (None, "", False)}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def outward(url: str | None) -> str:
+    """An address as it stands, empty where it is not one of the web: data bring `javascript:` too."""
+    return url if url and urlsplit(url).scheme in ("http", "https") else ""
+
+
+@lru_cache
+def static(name: str) -> str:
+    """Address of a static file, which changes with its content."""
+    return f"/static/{name}?{sha256((STATIC / name).read_bytes()).hexdigest()[:10]}"
+
+
+_environment = Environment(
+    loader=PackageLoader("paperworks.page"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    auto_reload=False,
+)
+_environment.filters |= {"text": text, "mathematics": mathematics, "ago": ago, "outward": outward}
+_environment.filters |= {"figure": figure, "interval": interval, "machine": machine, "verdict": verdict}
+_environment.globals |= {"rooms": ROOMS, "paper_path": paper_path, "with_query": with_query, "static": static}
+
+
+def wants_json(request: Request) -> bool:
+    """Whether the reader asked for JSON: by `.json` after the address or by the header."""
+    accepted = request.headers.get("accept", "")
+    return bool(request.scope.get("paperworks.json")) or (
+        "application/json" in accepted and "text/html" not in accepted
+    )
+
+
+class _Token:
+    """The reader's CSRF token, made where a form writes it, so that pages without forms name no reader."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __str__(self) -> str:
+        return csrf_token(self._request)
+
+
+def render(template: str, request: Request, **context: Any) -> str:
+    """A template as text, with what every page knows: reader, CSRF token, address."""
+    state = request.app.state
+    return _environment.get_template(template).render(
+        request=request,
+        user=reader(request),
+        csrf=_Token(request),
+        allow_runs=state.allow_runs,
+        htmx=state.htmx,
+        here=with_query(request.url.path, **request.query_params),
+        **context,
+    )
+
+
+def respond(
+    request: Request,
+    template: str,
+    data: Mapping[str, Any],
+    *,
+    status: int = 200,
+    json: Mapping[str, Any] | None = None,
+    **only_html: Any,
+) -> Response:
+    """A page: as JSON where that was asked for, else as HTML.
+
+    Args:
+        request: What was asked.
+        template: Name of its template.
+        data: What it shows; this alone is its JSON.
+        status: HTTP status.
+        json: What its JSON is instead, where that differs.
+        only_html: What only the template gets.
+    """
+    headers = {"Vary": "Accept, Cookie"}
+    if wants_json(request):
+        return JSONResponse(plain(data if json is None else json), status, headers)
+    return HTMLResponse(render(template, request, **data, **only_html), status, headers)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(inner) for inner in value]
+    return jsonable_encoder(value)

@@ -1,0 +1,284 @@
+"""Papers: trending, new, sought, by room, and each one's page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from pydantic import BeforeValidator, Field
+from sqlalchemy import func, select, text
+
+from paperworks.lab import records
+from paperworks.lab.recipe import recipes
+from paperworks.lab.report import grid, tall
+from paperworks.lab.run import Measurement
+from paperworks.lab.store import RunRow, Store
+from paperworks.page.feeds import atom
+from paperworks.page.index import STATUSES, Entry, Index
+from paperworks.page.rendering import bibtex, outward, paper_path, respond, spans, with_query
+from paperworks.page.safety import Reader
+from paperworks.page.trending import FORMULA, trending
+from paperworks.page.votes import voted, votes_of
+from paperworks.papers import ROOMS, Paper, load_cards
+
+router = APIRouter(tags=["papers"])
+_PAGE = 20
+_RUNS_SHOWN = 8
+_FEED = 50
+
+Period = Literal["day", "week", "month"]
+Number = Annotated[int, Query(ge=1, le=500, description="Which page of the list.")]
+# An empty field of a form says nothing.
+_Blank = BeforeValidator(lambda value: value or None)
+Room = Annotated[Literal[*ROOMS] | None, _Blank]  # type: ignore[valid-type]
+Status = Annotated[Literal[*STATUSES] | None, _Blank]  # type: ignore[valid-type]
+Year = Annotated[Annotated[int, Field(ge=1900, le=2100)] | None, _Blank]
+Words = Annotated[str, Query(max_length=300)]
+
+
+def _filters(
+    room: Room = None, tag: Words = "", year: Year = None, status: Status = None, runs_here: bool = False
+) -> dict[str, Any]:
+    return {"room": room, "tag": tag.strip() or None, "year": year, "status": status, "runs_here": runs_here}
+
+
+Filters = Annotated[dict[str, Any], Depends(_filters)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A paper in a list, with what the list says about it."""
+
+    entry: Entry
+    votes: int
+    voted: bool
+    figure: Measurement | None
+    title_html: str = ""
+    snippet_html: str = ""
+    runs: int = 0
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Leader:
+    """A paper on its room's leaderboard, with its newest figure and where that comes from."""
+
+    paper: Paper
+    status: str
+    figure: Measurement | None
+    machine: str
+    run_id: str | None
+
+
+def _lines(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]) -> list[Line]:
+    keys = [entry.key for entry in entries]
+    votes = votes_of(store, keys)
+    mine = voted(store, reader.id, keys) if reader else set()
+    return [
+        Line(
+            entry, votes.get(entry.key, 0), entry.key in mine, headline(entry.slug),
+            **{name: column[index] for name, column in columns.items()},
+        )
+        for index, entry in enumerate(entries)
+    ]  # fmt: skip
+
+
+def headline(slug: str | None) -> Measurement | None:
+    """The committed figure of a paper that a list has room for."""
+    record = records.load_records().get(slug or "")
+    return records.headline(record) if record else None
+
+
+@router.get("/", summary="Trending papers")
+def front(request: Request, reader: Reader, period: Period = "week", page: Number = 1) -> Response:
+    """Papers by votes, runs and recency, with time decay."""
+    store = request.app.state.store
+    trends = trending(store, period, _PAGE + 1, (page - 1) * _PAGE)
+    shown = trends[:_PAGE]
+    lines = _lines(
+        store, reader, [trend.entry for trend in shown],
+        runs=[trend.runs for trend in shown], score=[trend.score for trend in shown],
+    )  # fmt: skip
+    data = {"period": period, "page": page, "papers": lines, "formula": FORMULA}
+    return respond(
+        request, "trending.html", data, more=len(trends) > _PAGE,
+        pages=lambda number: with_query("/", period=period, page=number),
+    )  # fmt: skip
+
+
+@router.get("/new", summary="Newest papers")
+def new(request: Request, reader: Reader, page: Number = 1) -> Response:
+    """Papers by date of publication."""
+    entries = request.app.state.index.newest(_PAGE + 1, (page - 1) * _PAGE)
+    data = {"page": page, "papers": _lines(request.app.state.store, reader, entries[:_PAGE])}
+    return respond(
+        request, "new.html", data, more=len(entries) > _PAGE, pages=lambda number: with_query("/new", page=number)
+    )
+
+
+@router.get("/search", summary="Search by words and meaning")
+def search(request: Request, reader: Reader, filters: Filters, q: Words = "", page: Number = 1) -> Response:
+    """Papers for a query, best first; without one, the newest that fit."""
+    index: Index = request.app.state.index
+    results = index.search(
+        _said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=request.app.state.meaning
+    )
+    lines = _lines(
+        request.app.state.store, reader, [hit.entry for hit in results.hits],
+        score=[hit.score for hit in results.hits], title_html=[hit.title_html for hit in results.hits],
+        snippet_html=[hit.snippet_html for hit in results.hits],
+    )  # fmt: skip
+    data = {"query": q, **filters, "total": results.total, "page": page, "papers": lines}
+    return respond(
+        request, "search.html", data, statuses=STATUSES, more=page * _PAGE < results.total and bool(results.hits),
+        pages=lambda number: with_query("/search", q=q, **filters, page=number),
+        feed=with_query("/feed.atom", q=q, **filters), subscribe=with_query("/subscribe", query=q, tag=filters["tag"]),
+    )  # fmt: skip
+
+
+def _said(query: str) -> str:
+    """A query without control characters, which PostgreSQL would refuse."""
+    return "".join(char if char.isprintable() else " " for char in query)
+
+
+@router.get("/feed.atom", summary="Atom feed of a search")
+def feed(request: Request, filters: Filters, q: Words = "") -> Response:
+    """What a search finds, newest first, for feed readers."""
+    found = request.app.state.index.search(_said(q), **filters, limit=_FEED, meaning=False)
+    newest = sorted((hit.entry for hit in found.hits), key=lambda entry: entry.published, reverse=True)
+    entries = [replace(entry, url=outward(entry.url)) for entry in newest]
+    told = {**filters, "runs_here": filters["runs_here"] and "runs here"}
+    about = " · ".join(str(value) for value in (q, *told.values()) if value)
+    url = request.app.state.base_url + with_query("/feed.atom", q=q, **filters)
+    updated = max((entry.published for entry in entries), default=datetime.now(UTC))
+    body = atom(f"Paperworks: {about or 'new papers'}", url, entries, updated)
+    return Response(body, media_type="application/atom+xml")
+
+
+@router.get("/rooms", summary="The rooms")
+def rooms(request: Request) -> Response:
+    """Every room, what one would do there, and how many of its papers run."""
+    counts = [
+        {
+            "room": room, "aim": aim, "papers": len(papers),
+            "run": sum(records.status(paper) != "planned" for paper in papers),
+            "measured": sum(records.status(paper) == "measured" for paper in papers),
+        }
+        for room, aim in ROOMS.items()
+        if (papers := [paper for paper in load_cards().values() if paper.room == room])
+    ]  # fmt: skip
+    return respond(request, "rooms.html", {"counts": counts})
+
+
+@router.get("/rooms/{room}", summary="Leaderboard of a room")
+def room_page(request: Request, room: str) -> Response:
+    """The room's papers by what was measured: committed records, else the newest run here."""
+    if room not in ROOMS:
+        raise HTTPException(404, f"there is no such room, only {', '.join(ROOMS)}")
+    store = request.app.state.store
+    papers = [paper for paper in load_cards().values() if paper.room == room]
+    leaders = sorted((_leader(store, paper) for paper in papers), key=_standing)
+    measured = [leader for leader in leaders if leader.figure]
+    data = {"room": room, "aim": ROOMS[room], "leaders": leaders}
+    drawn = spans([leader.figure for leader in measured if leader.figure])
+    return respond(request, "room.html", data, measured=list(zip(measured, drawn, strict=True)))
+
+
+def _leader(store: Store, paper: Paper) -> Leader:
+    status = records.status(paper)
+    record, run_id = records.load_records().get(paper.slug), None
+    if record is None and status == "runs" and (run := store.latest(paper.slug)) is not None:
+        record, run_id = records.as_record(run) | {"measurements": run.measurements}, run.id
+    best = records.headline(record) if record else None
+    machine = records.machine(record["environment"]) if record else ""
+    return Leader(paper, status, best, machine, run_id)
+
+
+def _standing(leader: Leader) -> tuple[Any, ...]:
+    """Like figures together; among them the best gain first, then what runs, then what is planned."""
+    best = leader.figure
+    if best is None:
+        return (1, STATUSES[::-1].index(leader.status), leader.paper.number)
+    gain = best.value if best.better == "higher" else 1 / best.value if best.value else 0.0
+    return (0, best.name != "speed-up", best.name, -gain)
+
+
+def entry_of(request: Request, key: str) -> Entry:
+    """The paper of this slug or arXiv number.
+
+    Raises:
+        HTTPException: 404.
+    """
+    entry = request.app.state.index.get(key) if key.isprintable() and len(key) < 100 else None
+    if entry is None:
+        raise HTTPException(404, "there is no such paper here: search for it, or submit it by its arXiv number")
+    found: Entry = entry
+    return found
+
+
+@router.get("/papers/{key:path}.bib", summary="Citation in BibTeX", response_class=PlainTextResponse)
+def citation(request: Request, key: str) -> Response:
+    """How to cite a paper."""
+    return Response(bibtex(entry_of(request, key)), media_type="application/x-bibtex; charset=utf-8")
+
+
+@router.get("/papers/{key:path}", summary="A paper")
+def paper_page(request: Request, reader: Reader, key: str) -> Response:
+    """Summary, claims beside measured figures, how to import and run it, its runs, and papers like it."""
+    state = request.app.state
+    entry = entry_of(request, key)
+    card = load_cards().get(entry.slug or "")
+    record = records.load_records().get(entry.slug or "")
+    history = _history(state.store, entry.slug) if entry.slug else []
+    [line] = _lines(state.store, reader, [entry])
+    data = {
+        "entry": entry, "paper": card, "votes": line.votes, "record": record, "runs": history,
+        "similar": state.index.similar(entry.key, 6), "bibtex": bibtex(entry),
+    }  # fmt: skip
+    measurements: list[Measurement] = record["measurements"] if record else []
+    ratios = [measurement for measurement in measurements if measurement.against]
+    return respond(
+        request, "paper.html", data, line=line, recipe=recipes().get(entry.slug or ""),
+        ratios=list(zip(ratios, spans(ratios), strict=True)), table=tall(*grid(measurements)),
+        has_figure=bool(entry.slug) and _figure(entry.slug or "") is not None, path=paper_path(entry),
+    )  # fmt: skip
+
+
+def _history(store: Store, slug: str) -> list[dict[str, Any]]:
+    columns = (RunRow.id, RunRow.status, RunRow.scale, RunRow.started, RunRow.finished)
+    query = select(*columns).where(RunRow.paper == slug).order_by(RunRow.started.desc()).limit(_RUNS_SHOWN)
+    with store.reading() as session:
+        return [
+            {
+                "id": row.id, "status": row.status, "scale": row.scale, "when": datetime.fromtimestamp(row.started, UTC),
+                "seconds": None if row.finished is None else row.finished - row.started,
+            }
+            for row in session.execute(query)
+        ]  # fmt: skip
+
+
+def _figure(slug: str) -> Path | None:
+    path = records.records_folder().parent / "figures" / f"{slug}.png"
+    return path if slug in load_cards() and path.is_file() else None
+
+
+@router.get("/figures/{slug}.png", summary="Figure of a committed record", response_class=FileResponse)
+def figure(slug: str) -> Response:
+    """The figure that was committed with a paper's record."""
+    path = _figure(slug)
+    if path is None:
+        raise HTTPException(404, "no figure is committed for this paper")
+    return FileResponse(path, media_type="image/png", headers={"Cache-Control": "public, max-age=300"})
+
+
+@router.get("/healthz", summary="Whether the server and its store answer", tags=["operation"])
+def health(request: Request) -> dict[str, Any]:
+    """For whatever watches over the server."""
+    with request.app.state.store.reading() as session:
+        session.execute(text("SELECT 1"))
+        unfinished = session.scalar(select(func.count()).select_from(RunRow).where(RunRow.status == "running"))
+    return {"status": "ok", "runs": unfinished}

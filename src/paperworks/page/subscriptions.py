@@ -1,0 +1,183 @@
+"""Subscriptions to digests: confirmed by mail, ended in one click."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from paperworks.errors import UsageError
+from paperworks.lab.search import words_of
+from paperworks.lab.store import Store
+from paperworks.page.mail import Outbox, address, letter
+from paperworks.page.tables import SubscriptionRow
+from paperworks.page.tokens import hashed, new_token
+
+FREQUENCIES = {"daily": 1, "weekly": 7}
+CONFIRMATION_SECONDS = 7 * 86400
+_LONGEST = 200
+# Nobody's mailbox can be filled from here: more confirmations are not asked for within a day.
+_OPEN_A_DAY = 5
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """A wish for digests.
+
+    Attributes:
+        id: Its number.
+        email: Where they go.
+        query: What is searched, or None.
+        tag: Tag or arXiv category of the papers, or None; without query and tag it is for all papers.
+        frequency: daily or weekly.
+        digested: When the last digest was made, or when it was confirmed; seconds since 1970 UTC.
+        told_until: Up to when what was added to the index has been told of; seconds since 1970 UTC.
+        farewell: The token that ends it.
+    """
+
+    id: int
+    email: str
+    query: str | None
+    tag: str | None
+    frequency: str
+    digested: float
+    told_until: float
+    farewell: str = field(repr=False)
+
+    @property
+    def subject(self) -> str:
+        """What it is for, in words.
+
+        Example:
+            >>> Subscription(1, "ada@example.org", "faster llm", None, "daily", 0, 0, "").subject
+            'papers for “faster llm”'
+        """
+        of_query = f" for “{self.query}”" if self.query else ""
+        of_tag = f" tagged {self.tag}" if self.tag else ""
+        return f"papers{of_query}{of_tag}" if self.query or self.tag else "all papers"
+
+
+class Subscriptions:
+    """Subscriptions in a store: each begins when its address confirms it, and ends with one click.
+
+    Args:
+        store: The lab's store.
+        base_url: Address of the page, which links in mails begin with.
+    """
+
+    def __init__(self, store: Store, base_url: str) -> None:
+        self._store = store
+        self._base_url = base_url.rstrip("/")
+        self._outbox = Outbox(store)
+
+    def subscribe(
+        self, email: str, *, query: str | None = None, tag: str | None = None, frequency: str = "weekly"
+    ) -> None:
+        """Mail a link that begins a subscription; the answer is the same whether or not there is one already.
+
+        Args:
+            email: Where digests go.
+            query: Papers that a search finds.
+            tag: Papers with this tag or arXiv category; without query and tag all papers.
+            frequency: daily or weekly.
+
+        Raises:
+            UsageError: The address is none, the search has no word to search for, query or tag is too long, or there
+                is no such frequency.
+        """
+        email = address(email)
+        query, tag = _clean("search", query), _clean("tag", tag).lower()
+        if query and not words_of(query):
+            raise UsageError(f"the search {query!r} has no word to search for; give one that says what you look for")
+        if frequency not in FREQUENCIES:
+            raise UsageError(f"there is no frequency {frequency!r}, only {' and '.join(FREQUENCIES)}")
+        now, token = time.time(), new_token()
+        with self._store.writing(alone=True) as session:
+            open_ones = SubscriptionRow.confirmed.is_(None)
+            session.execute(
+                delete(SubscriptionRow).where(open_ones, SubscriptionRow.asked < now - CONFIRMATION_SECONDS)
+            )
+            today = (open_ones, SubscriptionRow.email == email, SubscriptionRow.asked > now - 86400)
+            if (session.scalar(select(func.count()).where(*today)) or 0) >= _OPEN_A_DAY:
+                return
+            row = SubscriptionRow(
+                email=email, query=query, tag=tag, frequency=frequency, confirmation_hash=hashed(token),
+                farewell=new_token(), asked=now, digested=now, told_until=now,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            wanted = of_row(row).subject
+            mail = letter(
+                "Confirm your subscription at Paperworks",
+                paragraphs=[f"Someone, probably you, wants a {frequency} digest of {wanted} at this address."],
+                link=f"{self._base_url}/confirm/{token}",
+                label="Confirm the subscription",
+                small="If it was not you, do nothing: without the link no digest is sent.",
+            )
+            self._outbox.put(email, mail, useful_for=CONFIRMATION_SECONDS, session=session)
+
+    def confirm(self, token: str) -> Subscription:
+        """Begin the subscription that a mailed link is for; opening the link again changes nothing.
+
+        Where there is one for the same papers already, it takes over the new frequency.
+
+        Raises:
+            UsageError: The link is too old or none, or the subscription has ended.
+        """
+        now = time.time()
+        with self._store.writing(alone=True) as session:
+            row = session.scalar(select(SubscriptionRow).where(SubscriptionRow.confirmation_hash == hashed(token)))
+            if row is None or (row.confirmed is None and row.asked <= now - CONFIRMATION_SECONDS):
+                raise UsageError("this link confirms no subscription, or no longer; subscribe again")
+            if row.confirmed is None:
+                row = _begun(session, row, now)
+            return of_row(row)
+
+    def unsubscribe(self, token: str) -> Subscription:
+        """End the subscription whose digests carry this token; nothing of it is kept.
+
+        Returns:
+            The subscription as it was.
+
+        Raises:
+            UsageError: There is none, or no longer.
+        """
+        with self._store.writing(alone=True) as session:
+            row = session.scalar(select(SubscriptionRow).where(SubscriptionRow.farewell == token))
+            if row is None:
+                raise UsageError("this link ends no subscription: it has ended already, or the link is not whole")
+            ended = of_row(row)
+            same = (SubscriptionRow.email == row.email, SubscriptionRow.query == row.query)
+            # A confirmation that is still open for the same papers would begin it anew.
+            session.execute(delete(SubscriptionRow).where(*same, SubscriptionRow.tag == row.tag))
+        return ended
+
+
+def of_row(row: SubscriptionRow) -> Subscription:
+    """A subscription from its row in the store."""
+    return Subscription(
+        row.id, row.email, row.query or None, row.tag or None, row.frequency, row.digested, row.told_until, row.farewell
+    )
+
+
+def _begun(session: Session, row: SubscriptionRow, now: float) -> SubscriptionRow:
+    same = (SubscriptionRow.email == row.email, SubscriptionRow.query == row.query, SubscriptionRow.tag == row.tag)
+    known = session.scalar(select(SubscriptionRow).where(*same, SubscriptionRow.confirmed.is_not(None)))
+    if known is None:
+        row.confirmed = row.digested = row.told_until = now
+        return row
+    # Digests that were sent can still end it, and what they have told is not told again.
+    frequency, confirmation = row.frequency, row.confirmation_hash
+    session.delete(row)
+    session.flush()
+    known.frequency, known.confirmation_hash = frequency, confirmation
+    return known
+
+
+def _clean(what: str, text: str | None) -> str:
+    kept = " ".join((text or "").split())
+    if len(kept) > _LONGEST or not kept.isprintable():
+        raise UsageError(f"a {what} has at most {_LONGEST} characters, all of them printable; shorten {kept[:40]!r}")
+    return kept

@@ -1,0 +1,482 @@
+"""Ingesting, from servers of our own that speak as arXiv and Hugging Face do."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from urllib.parse import parse_qs, urlsplit
+from xml.sax.saxutils import escape
+
+import pytest
+
+from paperworks import cli
+from paperworks.errors import UsageError
+from paperworks.lab import Store
+from paperworks.page import index as index_module
+from paperworks.page import ingest as module
+from paperworks.page.index import Index
+from paperworks.page.ingest import (
+    Arxiv,
+    DailyPapers,
+    Ingested,
+    SourceError,
+    arxiv_number,
+    ingest_arxiv,
+    ingest_cards,
+    ingest_daily_papers,
+    submit,
+)
+from paperworks.papers import load_cards
+
+NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC)
+ENTRY = """<entry><id>http://arxiv.org/abs/{number}v{version}</id><updated>{updated}</updated>
+<published>{published}</published><title>{title}</title><summary>{summary}</summary>
+<author><name>Ann Ä</name></author><author><name>Bob</name></author>
+<link href="https://arxiv.org/pdf/{number}v{version}" rel="related" type="application/pdf" title="pdf"/>
+<category term="{category}" scheme="http://arxiv.org/schemas/atom"/></entry>"""
+
+
+class Source:
+    """Papers, the requests that came for them, and statuses to answer with first."""
+
+    def __init__(self) -> None:
+        self.papers: list[dict] = []
+        self.daily: dict[str, list[dict]] = {}
+        self.requests: list[tuple[float, dict[str, str]]] = []
+        self.failures: list[int | str] = []
+        self.url = ""
+
+    def add(self, day: float, *, version=1, updated=None, number=None, title=None, category="cs.LG") -> str:
+        number = number or f"2611.{len(self.papers) + 1:05d}"
+        published = NOVEMBER + timedelta(days=day)
+        self.papers = [paper for paper in self.papers if paper["number"] != number]
+        self.papers.append(
+            {
+                "number": number, "version": version, "published": published, "category": category,
+                "updated": published if updated is None else NOVEMBER + timedelta(days=updated),
+                "title": title or f"Paper {number}", "summary": "Of\n  <math> & $x$.",
+            }
+        )  # fmt: skip
+        return number
+
+    def feed(self, asked: dict[str, str]) -> str:
+        found = self.papers
+        if asked.get("id_list"):
+            found = [paper for paper in found if paper["number"] in asked["id_list"].split(",")]
+        query = asked.get("search_query", "")
+        if wanted := re.search(r"cat:(\S+)", query):
+            found = [paper for paper in found if paper["category"] == wanted[1]]
+        if span := re.search(r"submittedDate:\[(\d{12}) TO (\d{12})\]", query):
+            found = [paper for paper in found if span[1] <= f"{paper['published']:%Y%m%d%H%M}" <= span[2]]
+        field = "updated" if asked["sortBy"] == "lastUpdatedDate" else "published"
+        found = sorted(found, key=lambda paper: paper[field], reverse=asked["sortOrder"] == "descending")
+        start, size = int(asked["start"]), int(asked["max_results"])
+        entries = "".join(
+            ENTRY.format(
+                **{**paper, "title": escape(paper["title"]), "summary": escape(paper["summary"])}
+                | {name: f"{paper[name]:%Y-%m-%dT%H:%M:%SZ}" for name in ("published", "updated")}
+            )
+            for paper in found[start : start + size]
+        )
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?><feed xmlns="http://www.w3.org/2005/Atom" '
+            'xmlns:opensearch="http://a9.com/-/spec/opensearch/1.1/">'
+            f"<opensearch:totalResults>{len(found)}</opensearch:totalResults>{entries}</feed>"
+        )
+
+    def arxiv(self, **options) -> Arxiv:
+        return Arxiv(f"{self.url}/api/query", **{"delay": 0.001, "page_size": 3, **options})
+
+    def hub(self, **options) -> DailyPapers:
+        return DailyPapers(self.url, **{"delay": 0.001, **options})
+
+
+@contextmanager
+def serving(source: Source):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            address = urlsplit(self.path)
+            asked = {name: values[0] for name, values in parse_qs(address.query).items()}
+            source.requests.append((time.monotonic(), asked))
+            status, body = 200, ""
+            failure = source.failures.pop(0) if source.failures else None
+            if failure == "empty":
+                body = source.feed({**asked, "id_list": "none"})
+            elif failure == "hang up":
+                self.connection.close()
+                return
+            elif failure:
+                status = int(failure)
+            elif address.path == "/api/daily_papers":
+                page, limit = int(asked.get("p", 0)), int(asked["limit"])
+                body = json.dumps(source.daily.get(asked["date"], [])[page * limit : (page + 1) * limit])
+            else:
+                body = source.feed(asked)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    source.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield source
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def source():
+    with serving(Source()) as served:
+        yield served
+
+
+# Over SQLite and PostgreSQL; the others look at the source, whatever the store.
+over_both = pytest.mark.usefixtures("store_url")
+
+
+@pytest.fixture
+def store(request, tmp_path):
+    both = "store_url" in request.fixturenames
+    with Store(request.getfixturevalue("store_url") if both else tmp_path / "runs.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def index(store, monkeypatch):
+    monkeypatch.setattr(index_module, "chosen_embedder", lambda name=None: name)
+    return Index(store)
+
+
+def november(day: float) -> datetime:
+    return NOVEMBER + timedelta(days=day)
+
+
+@over_both
+def test_papers_come_from_arxiv(index, store, source):
+    for day in (0.0, 0.5, 0.9, 1.0, 1.2, 1.3, 1.4, 2.5):
+        source.add(day)
+    source.add(1.1, category="cs.CL")
+    source.add(-1)
+    seen = []
+    done = ingest_arxiv(
+        index, store, "cs.LG", since=NOVEMBER, until=november(3), source=source.arxiv(),
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    # What was submitted at midnight belongs to two days.
+    assert done == Ingested(9, 8, 0)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert index.search("").total == 8
+    entry = index.get("2611.00001")
+    assert (entry.title, entry.abstract, entry.authors) == ("Paper 2611.00001", "Of <math> & $x$.", ("Ann Ä", "Bob"))
+    assert (entry.version, entry.categories, entry.published, entry.source) == (1, ("cs.LG",), NOVEMBER, "arxiv")
+    assert entry.url == "https://arxiv.org/abs/2611.00001"
+
+
+def test_the_same_again_brings_nothing_new(index, store, source):
+    for day in range(4):
+        source.add(day + 0.5)
+    options = {"since": NOVEMBER, "until": november(4), "source": source.arxiv()}
+    assert ingest_arxiv(index, store, "cs.LG", **options).new == 4
+    again = ingest_arxiv(index, store, "cs.LG", **options)
+    assert (again.new, again.updated) == (0, 0) and index.search("").total == 4
+
+
+@over_both
+def test_an_ingest_goes_on_where_it_was_stopped(index, store, source):
+    for day in range(30):
+        source.add(day + 0.5)
+    answered = 0
+
+    def stop(done, total):
+        nonlocal answered
+        answered = done
+        if done == 20:
+            raise KeyboardInterrupt
+
+    options = {"since": NOVEMBER, "until": november(30), "source": source.arxiv()}
+    with pytest.raises(KeyboardInterrupt):
+        ingest_arxiv(index, store, "cs.LG", progress=stop, **options)
+    assert answered == 20 and index.search("").total == 20
+    source.requests.clear()
+    assert ingest_arxiv(index, store, "cs.LG", **options).new == 10
+    assert index.search("").total == 30
+    # The days read before are not asked for again, but for the week in which papers may still be announced.
+    first = re.search(r"\[(\d{8})", source.requests[0][1]["search_query"])[1]
+    assert first == "20261114"
+
+
+@over_both
+def test_the_next_ingest_begins_where_the_last_ended(index, store, source):
+    source.add(0.5)
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(10), source=source.arxiv())
+    late, later = source.add(6.5), source.add(12.5)
+    source.requests.clear()
+    done = ingest_arxiv(index, store, "cs.LG", until=november(14), source=source.arxiv())
+    assert done.new == 2 and index.get(late) and index.get(later)
+    assert "[202611040000" in source.requests[0][1]["search_query"]
+
+
+@over_both
+def test_an_earlier_beginning_reads_what_lies_before(index, store, source):
+    source.add(-2.5)
+    source.add(1.5)
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(2), source=source.arxiv())
+    assert index.search("").total == 1
+    ingest_arxiv(index, store, "cs.LG", since=november(-4), until=november(2), source=source.arxiv())
+    assert index.search("").total == 2
+
+
+@over_both
+def test_a_revision_of_a_paper_read_long_ago_is_taken_in(index, store, source):
+    old = source.add(0.5, title="As submitted")
+    other = source.add(0.6, title="Not revised")
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(20), source=source.arxiv())
+    days_on = (datetime.now(UTC) - NOVEMBER) / timedelta(days=1)
+    source.add(0.5, number=old, version=2, title="As revised", updated=days_on + 1)
+    done = ingest_arxiv(index, store, "cs.LG", until=november(21), source=source.arxiv())
+    assert done.updated == 1
+    assert (index.get(old).title, index.get(old).version) == ("As revised", 2)
+    assert index.get(other).version == 1 and index.search("").total == 2
+
+
+def test_categories_are_read_each_for_itself(index, store, source):
+    source.add(0.5)
+    source.add(0.5, category="cs.CL")
+    options = {"since": NOVEMBER, "until": november(1), "source": source.arxiv()}
+    assert ingest_arxiv(index, store, "cs.LG", **options).new == 1
+    assert ingest_arxiv(index, store, "cs.CL", **options).new == 1
+
+
+def test_requests_keep_their_distance(index, store, source):
+    for hour in range(8):
+        source.add(hour / 24)
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(0.9), source=source.arxiv(delay=0.1))
+    times = [at for at, _ in source.requests]
+    assert len(times) == 3
+    assert all(later - earlier >= 0.09 for earlier, later in pairwise(times))
+
+
+@pytest.mark.parametrize("failure", [500, 503, 429, "hang up"])
+def test_a_request_that_fails_is_tried_again_later_and_later(index, store, source, failure):
+    source.add(0.5)
+    source.failures = [failure] * 3
+    done = ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv(delay=0.02))
+    assert done.new == 1
+    times = [at for at, _ in source.requests]
+    waits = [later - earlier for earlier, later in pairwise(times)]
+    assert len(waits) == 3 and all(wait >= 0.02 * 2**n for n, wait in enumerate(waits, 1))
+
+
+def test_a_source_that_does_not_answer_is_one_sentence_and_what_was_read_is_kept(index, store, source):
+    for day in range(3):
+        source.add(day + 0.5)
+
+    def fail(done, total):
+        if done == 2:
+            source.failures = [503] * 50
+
+    with pytest.raises(SourceError, match=r"arXiv does not answer \(HTTP 503\); what was read is kept") as failed:
+        ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(3), source=source.arxiv(), progress=fail)
+    assert failed.value.exit_status == 1 and index.search("").total == 2
+
+
+def test_a_request_refused_for_good_is_not_tried_again(index, store, source):
+    source.failures = [400] * 9
+    with pytest.raises(SourceError, match=r"arXiv refuses the request \(HTTP 400\)"):
+        ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    assert len(source.requests) == 1
+
+
+def test_an_empty_answer_is_asked_for_twice(index, store, source):
+    source.add(0.5)
+    source.failures = ["empty"]
+    done = ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    assert done.new == 1
+
+
+def daily(number: str, upvotes: int, **told) -> dict:
+    return {
+        "paper": {
+            "id": number, "authors": [{"_id": "1", "name": "Ann", "hidden": False}], "upvotes": upvotes,
+            "publishedAt": "2026-11-01T12:00:00.000Z", "title": f"Daily {number}", "summary": "Of the day.",
+        },
+        "publishedAt": "2026-11-02T00:00:00.000Z", "title": f"Daily {number}", "summary": "Of the day.",
+        "numComments": 1, **told,
+    }  # fmt: skip
+
+
+@over_both
+def test_papers_come_from_the_daily_papers(index, store, source):
+    source.daily["2026-11-02"] = [daily(f"2611.{n:05d}", n) for n in range(120)]
+    source.daily["2026-11-03"] = [daily("2611.00007", 70, ai_keywords=["Diffusion", "speed"]), daily("2611.00900", 9)]
+    done = ingest_daily_papers(index, store, since=NOVEMBER, until=november(3), source=source.hub())
+    assert done == Ingested(122, 121, 1)
+    entry = index.get("2611.00007")
+    assert (entry.title, entry.authors, entry.upvotes, entry.source) == (
+        "Daily 2611.00007",
+        ("Ann",),
+        70,
+        "daily-papers",
+    )
+    assert entry.published == datetime(2026, 11, 1, 12, tzinfo=UTC)
+    assert entry.key in {hit.entry.key for hit in index.search("", tag="diffusion", limit=200).hits}
+    assert {asked["date"] for _, asked in source.requests} == {"2026-11-01", "2026-11-02", "2026-11-03"}
+
+
+def test_the_daily_papers_are_asked_again_when_they_fail(index, store, source):
+    source.daily["2026-11-01"] = [daily("2611.00001", 1)]
+    source.failures = [503, 429, "hang up"]
+    assert ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub()).new == 1
+    source.failures = [503] * 9
+    with pytest.raises(SourceError, match=r"Hugging Face does not answer \(HTTP 503\)"):
+        ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+
+
+@over_both
+def test_a_paper_of_both_sources_is_one(index, store, source):
+    number = source.add(0.5)
+    source.daily["2026-11-01"] = [daily(number, 33, ai_keywords=["Diffusion", "speed"])]
+    ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+    entry = index.get(number)
+    assert index.search("").total == 1
+    assert (entry.title, entry.upvotes, entry.tags) == (f"Paper {number}", 33, ("diffusion", "speed"))
+
+
+def test_papers_come_from_the_cards_and_their_abstracts_from_arxiv(index, source):
+    cards = load_cards()
+    source.add(-900, number=cards["hydra"].arxiv, title=cards["hydra"].title, version=2)
+    assert ingest_cards(index) == Ingested(len(cards), 0, len(cards))
+    assert source.requests == []
+    done = ingest_cards(index, abstracts=True, source=source.arxiv())
+    assert done.updated == 1
+    entry = index.get("hydra")
+    assert (entry.abstract, entry.version, entry.room) == ("Of <math> & $x$.", 2, "decoding")
+    asked = {number for _, request in source.requests for number in request["id_list"].split(",")}
+    assert asked == {card.arxiv for card in cards.values() if card.arxiv}
+    assert ingest_cards(index).updated == 0
+
+
+def test_a_paper_is_submitted_by_number_or_address(index, source):
+    number = source.add(0.5)
+    for address in (number, f"https://arxiv.org/abs/{number}v1"):
+        assert submit(index, address, source=source.arxiv()).key == number
+    assert index.search("").total == 1 and len(source.requests) == 1
+    with pytest.raises(UsageError, match=r"arXiv has no paper 2611\.99999"):
+        submit(index, "2611.99999", source=source.arxiv())
+
+
+def test_a_card_is_submitted_to_get_its_abstract(index, source):
+    index.sync_cards()
+    source.add(-900, number="2402.05109", version=2)
+    entry = submit(index, "https://hf.co/papers/2402.05109", source=source.arxiv())
+    assert (entry.slug, entry.version, entry.abstract) == ("hydra", 2, "Of <math> & $x$.")
+
+
+def test_submissions_of_a_process_keep_their_distance(index, source, monkeypatch):
+    monkeypatch.setattr(module, "Arxiv", lambda tries: source.arxiv(delay=0.1, tries=tries))
+    module._shared_arxiv.cache_clear()
+    numbers = [source.add(0.5), source.add(0.6)]
+    for number in numbers:
+        submit(index, number)
+    first, second = (at for at, _ in source.requests)
+    assert second - first >= 0.09
+    source.failures = [503] * 9
+    with pytest.raises(SourceError, match="does not answer"):
+        submit(index, "2611.00900")
+    assert len(source.requests) == 4
+    module._shared_arxiv.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "2402.05109", " arXiv:2402.05109v3 ", "arxiv.org/abs/2402.05109", "http://www.arxiv.org/pdf/2402.05109v1.pdf",
+        "https://export.arxiv.org/abs/2402.05109", "https://huggingface.co/papers/2402.05109", "hf.co/papers/2402.05109/",
+        "https://arxiv.org/html/2402.05109v2?x=1#S2", "https://arxiv.org/pdf/2402.05109",
+    ],
+)  # fmt: skip
+def test_an_address_holds_its_number(address):
+    assert arxiv_number(address) == "2402.05109"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "hydra",
+        "https://example.org/abs/2402.05109",
+        "https://arxiv.org/list/cs.LG",
+        "2402.05109 or 2402.05110",
+        "x" * 9999,
+    ],
+)
+def test_an_address_without_a_number_is_refused(address):
+    with pytest.raises(UsageError, match="give an arXiv number such as"):
+        arxiv_number(address)
+
+
+def test_old_numbers_are_known():
+    assert arxiv_number("https://arxiv.org/abs/math.GT/0309136v1") == "math.GT/0309136"
+
+
+def test_bad_use_is_one_sentence(index, store, source):
+    with pytest.raises(UsageError, match=r"an arXiv category is one such as cs\.LG, not 'cs.LG OR all:x'"):
+        ingest_arxiv(index, store, "cs.LG OR all:x", source=source.arxiv())
+    with pytest.raises(UsageError, match="there is no time from 2026-11-03 to 2026-11-01"):
+        ingest_arxiv(index, store, "cs.LG", since=november(2), until=NOVEMBER, source=source.arxiv())
+    assert source.requests == []
+
+
+def test_days_cover_the_time_without_gap_or_overlap():
+    start, end = datetime(2026, 10, 30, 7, 5, tzinfo=UTC), datetime(2026, 11, 2, 3, tzinfo=UTC)
+    days = list(module._days(start, end))
+    assert days[0][0] == start and days[-1][1] == end and len(days) == 4
+    assert all(earlier[1] == later[0] for earlier, later in pairwise(days))
+
+
+def run_command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["paperworks", "ingest", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_command_takes_in_what_it_names(source, store_url, monkeypatch, capsys):
+    monkeypatch.setattr(index_module, "chosen_embedder", lambda name=None: name)
+    number = source.add(0.5)
+    source.daily["2026-11-01"] = [daily("2611.00900", 3)]
+    place = ("--store", store_url, "--json", "--words")
+    status, out, _ = run_command(monkeypatch, capsys, "cards", *place)
+    cards = len(load_cards())
+    assert (status, json.loads(out)["held"]) == (0, cards)
+    span = ("--since", "2026-11-01", "--until", "2026-11-02")
+    where = ("--url", f"{source.url}/api/query")
+    status, out, _ = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", *span, *where, *place)
+    assert status == 0
+    assert json.loads(out) == {"read": 1, "new": 1, "updated": 0, "embedded": 0, "held": cards + 1}
+    status, out, _ = run_command(monkeypatch, capsys, "daily-papers", *span, "--url", source.url, *place[:2])
+    assert (status, out) == (0, f"1 papers read: 1 new, 0 updated; the index holds {cards + 2}\n")
+    with Store(store_url) as store:
+        assert Index(store).get(number).published == november(0.5)
+
+
+def test_a_command_that_cannot_read_is_one_sentence(source, tmp_path, monkeypatch, capsys):
+    source.failures = [404]
+    where = ("--url", f"{source.url}/api/query", "--store", f"sqlite:///{tmp_path}/runs.db", "--words")
+    status, out, error = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", *where)
+    assert (status, out, error) == (1, "", "paperworks: arXiv refuses the request (HTTP 404)\n")
+    status, _, error = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", "--since", "yesterday", *where)
+    assert status == 2 and "yesterday" in error and "Traceback" not in error

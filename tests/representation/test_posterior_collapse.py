@@ -1,0 +1,359 @@
+"""Closed forms against brute-force minimisation, and the meter against constructed posteriors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from paperworks.representation.posterior_collapse import (
+    LinearCVAE,
+    LinearHVAE2,
+    LinearVAE,
+    PosteriorCollapse,
+    linear_cvae_solution,
+    linear_hvae_solution,
+    linear_vae_solution,
+)
+
+THETA = torch.tensor([2.00, 1.40, 1.00, 0.69], dtype=torch.float64)
+SETTING = {"beta": 1.3, "eta_enc": 0.8, "eta_dec": 0.7}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def moment(theta=THETA, seed=0):
+    Q = torch.linalg.qr(torch.randn(len(theta), len(theta), generator=seeded(seed), dtype=torch.float64)).Q
+    return Q @ torch.diag(theta**2) @ Q.mT
+
+
+def data(S, n=64, seed=1):
+    """Rows with exactly this second moment."""
+    Q = torch.linalg.qr(torch.randn(n, len(S), generator=seeded(seed), dtype=torch.float64)).Q
+    return math.sqrt(n) * Q @ torch.linalg.cholesky(S).mT
+
+
+def whitened(W, S):
+    values, P = torch.linalg.eigh(S)
+    return torch.linalg.svdvals(W @ P * values.sqrt())
+
+
+def close(found, expected, atol=1e-3):
+    torch.testing.assert_close(
+        torch.as_tensor(found).detach().double(), torch.as_tensor(expected).double(), atol=atol, rtol=0
+    )
+
+
+def exact(solution, model, names, S):
+    """The closed form's weights reach the loss of the fitted ones."""
+    with torch.no_grad():
+        for name, other in names.items():
+            getattr(model, name).copy_(solution.weights[other])
+        model.log_var.copy_(2 * solution.posterior_std.log())
+        return float(model.exact_loss(S))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_minimising_the_exact_loss_of_the_vae_reproduces_the_closed_form(seed):
+    S = moment()
+    model = LinearVAE(4, 4, generator=seeded(seed), **SETTING)
+    loss = model.fit(S)
+    solution = linear_vae_solution(S, 4, moments=True, **SETTING)
+    close(torch.linalg.svdvals(model.U1), solution.decoder)
+    close(whitened(model.W2, S), solution.encoder)
+    close(model.log_var.exp().sqrt().sort().values, solution.posterior_std)
+    assert solution.n_collapsed == 1
+    assert exact(solution, model, {"U1": "U", "W2": "W"}, S) == pytest.approx(loss, abs=1e-8)
+
+
+def test_adam_on_the_exact_loss_ends_at_the_closed_form_too():
+    S = moment()
+    model = LinearVAE(4, 4, generator=seeded(5), **SETTING)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.numel()], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        model.exact_loss(S).backward()
+        optimizer.step()
+        schedule.step()
+    solution = linear_vae_solution(S, 4, moments=True, **SETTING)
+    close(torch.linalg.svdvals(model.U1), solution.decoder)
+    close(model.log_var.exp().sqrt().sort().values, solution.posterior_std)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.9, [0.2, 0.4, 0.7, 0.9]])
+def test_minimising_with_fixed_variance_reproduces_the_closed_form(sigma):
+    S = moment()
+    model = LinearVAE(4, 4, sigma=0.5, generator=seeded(2), **SETTING)
+    with torch.no_grad():
+        model.log_var.copy_(2 * torch.as_tensor(sigma, dtype=torch.float64).expand(4).log())
+    loss = model.fit(S)
+    solution = linear_vae_solution(S, 4, sigma=sigma, moments=True, **SETTING)
+    close(torch.linalg.svdvals(model.U1), solution.decoder)
+    close(whitened(model.W2, S), solution.encoder.sort(descending=True).values)
+    assert exact(solution, model, {"U1": "U", "W2": "W"}, S) == pytest.approx(loss, abs=1e-8)
+
+
+def conditional(seed=0):
+    """Samples (x, y) whose residual has the eigenvalues of theta squared."""
+    own = seeded(seed)
+    joint = data(torch.eye(7, dtype=torch.float64), seed=seed)
+    x, noise = joint[:, :3], joint[:, 3:] @ torch.linalg.cholesky(moment()).mT
+    B = torch.randn(4, 3, generator=own, dtype=torch.float64)
+    return x, x @ B.mT + noise, B
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_minimising_the_exact_loss_of_the_cvae_reproduces_the_closed_form(seed):
+    x, y, B = conditional()
+    joint = torch.cat([x, y], 1)
+    S = joint.mT @ joint / len(x)
+    model = LinearCVAE(3, 4, 4, generator=seeded(seed), **SETTING)
+    loss = model.fit(S)
+    solution = linear_cvae_solution(x, y, 4, **SETTING)
+    close(solution.spectrum, THETA**2, 1e-9)
+    close(torch.linalg.svdvals(model.U1), solution.decoder)
+    close(model.log_var.exp().sqrt().sort().values, solution.posterior_std)
+    close(model.U2, B)
+    names = {"U1": "U1", "U2": "U2", "W1": "W1", "W2": "W2"}
+    assert exact(solution, model, names, S) == pytest.approx(loss, abs=1e-8)
+    # What the meter measures on the data is what the closed form says of each variable.
+    fitted = LinearCVAE(3, 4, 4, generator=seeded(seed), **SETTING)
+    fitted.fit(S)
+    report = PosteriorCollapse.from_encoder(
+        lambda rows: tuple((v if i == 0 else v.log()) for i, v in enumerate(fitted.encode(rows[:, 3:], rows[:, :3]))),
+        [joint[:20], joint[20:]],
+        prior_std=0.8,
+    ).compute()
+    close(sorted(report.kl, reverse=True), solution.kl)
+
+
+def test_cvae_threshold_is_beta_eta_dec_squared_and_sigma_is_continuous():
+    def std(variance):
+        y = data(torch.tensor([[variance]], dtype=torch.float64))
+        return float(linear_cvae_solution(torch.zeros_like(y), y, 1, **SETTING).posterior_std)
+
+    # Between beta eta_dec^2 = 0.637 and sqrt(beta) eta_dec = 0.798.
+    assert std(0.7956) == pytest.approx(0.7158, abs=1e-4)
+    assert std(0.6369) == pytest.approx(0.8) and std(0.6371) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_cvae_regresses_and_codes_the_residual():
+    x, y, _ = conditional()
+    solution = linear_cvae_solution(x, y, 4, **SETTING)
+    weights = solution.weights
+    close(weights["U2"], (y.mT @ x) @ torch.linalg.inv(x.mT @ x), 1e-6)
+    close(weights["W1"] + weights["W2"] @ weights["U2"], torch.zeros(4, 3), 1e-6)
+    model = LinearCVAE(3, 4, 4, generator=seeded(3), **SETTING)
+    joint = torch.cat([x, y], 1)
+    model.fit(joint.mT @ joint / len(x))
+    close(model.W1 + model.W2 @ model.U2, torch.zeros(4, 3), 1e-5)
+    same = linear_cvae_solution(y, y, 3, **SETTING)
+    assert same.n_collapsed == 3 and not same.weights["U1"].any() and (same.posterior_std == 0.8).all()
+    both = data(torch.block_diag(torch.eye(3, dtype=torch.float64), moment()))
+    apart = linear_cvae_solution(both[:, :3], both[:, 3:], 4, **SETTING)
+    plain = linear_vae_solution(both[:, 3:], 4, **SETTING)
+    for name in ("spectrum", "decoder", "posterior_std", "kl"):
+        close(getattr(apart, name), getattr(plain, name), 1e-9)
+
+
+def test_correlated_condition_leaves_one_minus_rho_squared():
+    joint = data(torch.eye(6, dtype=torch.float64))
+    y, noise = joint[:, :3], joint[:, 3:]
+    solution = linear_cvae_solution(0.6 * y + 0.8 * noise, y, 3, eta_dec=0.5)
+    close(solution.spectrum, torch.full((3,), 0.64), 1e-7)
+
+
+def test_unit_setting_is_probabilistic_pca():
+    S = moment(torch.tensor([2.0, 1.5, 1.0, 0.8, 0.5], dtype=torch.float64))
+    values = torch.linalg.eigvalsh(S).flip(0)
+    noise = float(values[2:].mean())
+    U = linear_vae_solution(S, 2, eta_dec=math.sqrt(noise), moments=True).weights["U"]
+    model = U @ U.mT + noise * torch.eye(5, dtype=torch.float64)
+    X = data(S)
+    from sklearn.decomposition import PCA
+
+    X = X - X.mean(0)
+    S = X.mT @ X / (len(X) - 1)
+    values = torch.linalg.eigvalsh(S).flip(0)
+    noise = float(values[2:].mean())
+    U = linear_vae_solution(S, 2, eta_dec=math.sqrt(noise), moments=True).weights["U"]
+    expected = PCA(2).fit(X.numpy()).get_covariance()
+    close(U @ U.mT + noise * torch.eye(5, dtype=torch.float64), expected, 1e-9)
+    likelihood = multivariate_normal(cov=expected).logpdf(X.numpy()).sum()
+    assert likelihood > multivariate_normal(cov=model.numpy() * 1.1).logpdf(X.numpy()).sum()
+
+
+def test_fixed_variance_loses_rank_without_collapse_and_learnt_variance_collapses():
+    S = moment()
+    fixed = LinearVAE(4, 4, sigma=0.9, generator=seeded(1), **SETTING)
+    fixed.fit(S)
+    solution = linear_vae_solution(S, 4, sigma=0.9, moments=True, **SETTING)
+    assert solution.rank < 4 and solution.n_collapsed == 0
+    assert int((torch.linalg.svdvals(fixed.W2.detach()) > 1e-3).sum()) == solution.rank
+    assert (fixed.W2.norm(dim=1) > 0.01).all()
+    learnt = LinearVAE(4, 4, generator=seeded(1), **SETTING)
+    learnt.fit(S)
+    assert int((learnt.W2.norm(dim=1) < 1e-3).sum()) == linear_vae_solution(S, 4, moments=True, **SETTING).n_collapsed
+
+
+def hvae(theta, sigma1, beta1, beta2, sigma2=None, d2=None, seeds=(0, 1)):
+    S, d2 = moment(theta), d2 or len(theta)
+    options = {"beta1": beta1, "beta2": beta2, "eta_enc": 0.8, "eta_dec": 0.7, "sigma1": sigma1, "sigma2": sigma2}
+    models = [LinearHVAE2(4, 4, d2, generator=seeded(seed), **options) for seed in seeds]
+    losses = [model.fit(S) for model in models]
+    best = min(range(len(models)), key=losses.__getitem__)
+    return S, models[best], losses[best], linear_hvae_solution(S, 4, d2, moments=True, **options)
+
+
+@pytest.mark.parametrize("case", [(0.9, 1, 1), (0.5, 1, 1), (0.5, 2, 1), (0.5, 1, 2), (0.9, 3, 1.5)])
+def test_hvae_cases_of_every_branch_match(case):
+    S, model, loss, solution = hvae(THETA, *map(float, case))
+    close(whitened(model.W1, S), solution.encoder.sort(descending=True).values)
+    close(torch.linalg.svdvals(model.U2), solution.top_decoder.sort(descending=True).values)
+    close(model.log_var.exp().sqrt().sort().values, solution.posterior_std.sort().values)
+    names = {name: name for name in ("U1", "U2", "W1", "W2")}
+    meter = PosteriorCollapse(4, prior_std=0.8)
+    meter.update(*model.encode(data(S)))
+    close(sorted(meter.compute().kl, reverse=True), solution.kl.sort(descending=True).values)
+    assert exact(solution, model, names, S) == pytest.approx(loss, abs=1e-7)
+
+
+def test_hvae_with_both_variances_fixed():
+    S, model, loss, solution = hvae(THETA, 0.5, 2.0, 0.7, sigma2=1.0)
+    # The reference's theta is given to two decimals.
+    close(solution.top_decoder, torch.tensor([0.4938, 0.3669, 0.2344, 0.0]), 2e-3)
+    close(torch.linalg.svdvals(model.U2), solution.top_decoder)
+    close(whitened(model.W1, S), solution.encoder)
+    names = {name: name for name in ("U1", "U2", "W1", "W2")}
+    assert exact(solution, model, names, S) == pytest.approx(loss, abs=1e-7)
+
+
+@pytest.mark.parametrize("sigma2", [None, 0.3])
+def test_hvae_with_fewer_variables_above(sigma2):
+    S, model, loss, solution = hvae(THETA, 0.9, 1.5, 1.0, sigma2=sigma2, d2=2)
+    close(torch.linalg.svdvals(model.U2), solution.top_decoder)
+    names = {name: name for name in ("U1", "U2", "W1", "W2")}
+    assert exact(solution, model, names, S) == pytest.approx(loss, abs=1e-7)
+
+
+def test_meter_of_the_prior_and_of_sharp_posteriors():
+    meter = PosteriorCollapse(3, prior_std=2.0)
+    meter.update(torch.zeros(10, 3), torch.full((10, 3), 4.0))
+    report = meter.compute()
+    assert report.active_units == 0 and report.collapsed().all() and not report.kl.any()
+    meter = PosteriorCollapse(3)
+    signs = torch.tensor([3.0, -3.0]).repeat(5)[:, None].expand(10, 3)
+    meter.update(signs, torch.full((10, 3), 0.01))
+    report = meter.compute()
+    assert report.active_units == 1 and not report.collapsed(6.0).any()
+    assert report.kl[0] == pytest.approx(0.5 * (9 + 0.01 - math.log(0.01) - 1))
+
+
+def test_collapse_is_counted_over_samples():
+    mu = torch.zeros(100, 2)
+    mu[:6, 0] = 1.0  # a divergence of one half on 6 % of the samples
+    mu[:5, 1] = 1.0
+    meter = PosteriorCollapse(2)
+    meter.update(mu, torch.ones(100, 2))
+    assert meter.compute().collapsed().tolist() == [False, True]
+    assert meter.compute().collapsed(1.0).all()
+
+
+def test_batches_and_their_order_do_not_matter():
+    mu, var = torch.randn(50, 3, generator=seeded()).double(), torch.rand(50, 3, generator=seeded()).double() + 0.1
+    whole, parts, other = (PosteriorCollapse(3) for _ in range(3))
+    whole.update(mu, var)
+    for part in reversed(torch.arange(50).split(7)):
+        parts.update(mu[part], var[part])
+    close(parts.compute().kl, whole.compute().kl, 1e-12)
+    assert (parts.compute().below == whole.compute().below).all()
+    # States add up over processes.
+    other.update(mu, var)
+    other.total += whole.total
+    other.count += whole.count
+    other.below += whole.below
+    close(other.compute().kl, whole.compute().kl, 1e-12)
+    parts.reset()
+    with pytest.raises(ValueError, match="no sample"):
+        parts.compute()
+
+
+def test_recommended_bounds_are_where_a_variable_collapses():
+    S, options = moment(), {"eta_enc": 0.8, "sigma1": 0.5}
+    for keep in (1, 2, 4):
+        bounds = linear_vae_solution(S, 4, moments=True, **SETTING).recommend(keep)
+        for name, bound in bounds.items():
+            active = [
+                4 - linear_vae_solution(S, 4, moments=True, **{**SETTING, name: f * bound}).n_collapsed
+                for f in (0.999, 1.001)
+            ]
+            assert active == [keep, keep - 1]
+        for fixed in ({}, {"sigma2": 0.6}):
+            given = {"beta1": 1.2, "beta2": 0.9, "eta_dec": 0.7, **options, **fixed}
+            bounds = linear_hvae_solution(S, 4, 4, moments=True, **given).recommend(keep)
+            for name, bound in bounds.items():
+                ranks = [
+                    linear_hvae_solution(S, 4, 4, moments=True, **{**given, name: f * bound}).rank
+                    for f in (0.999, 1.001)
+                ]
+                assert (
+                    (ranks if name != "beta1" else ranks[::-1])[0]
+                    >= keep
+                    > (ranks if name != "beta1" else ranks[::-1])[1]
+                )
+
+
+def test_sampled_losses_average_to_the_exact_ones():
+    S, own = moment(), seeded()
+    X = data(S, 512).repeat(60, 1)
+    vae, two = LinearVAE(4, 3, generator=own), LinearHVAE2(4, 3, 2, generator=own)
+    assert float(vae.loss(X, generator=own)) == pytest.approx(float(vae.exact_loss(S)), rel=1e-2)
+    assert float(two.loss(X, generator=own)) == pytest.approx(float(two.exact_loss(S)), rel=1e-2)
+
+
+def test_rotating_the_data_changes_no_prediction_and_null_directions_are_dropped():
+    theta = torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)
+    one, other = (linear_vae_solution(moment(theta, seed), 5, beta=0.5, moments=True) for seed in (1, 2))
+    for name in ("spectrum", "decoder", "encoder", "posterior_std", "kl"):
+        close(getattr(one, name), getattr(other, name), 1e-9)
+    assert one.n_collapsed == 3 and all(weight.isfinite().all() for weight in one.weights.values())
+
+
+def test_bad_input_is_one_sentence():
+    good = torch.randn(5, 2)
+    for call, words in [
+        (lambda: linear_vae_solution(torch.zeros(0, 2), 1), "at least one"),
+        (lambda: linear_vae_solution(good * torch.nan, 1), "NaN"),
+        (lambda: linear_vae_solution(good, 0), "d is 0"),
+        (lambda: linear_vae_solution(good, 1, beta=-1.0), "beta is -1"),
+        (lambda: linear_vae_solution(good, 2, sigma=[1.0, -1.0]), "sigma"),
+        (lambda: linear_vae_solution(good, 1, moments=True), "no second moment"),
+        (lambda: linear_cvae_solution(good[:3], good, 1), "3 rows"),
+        (lambda: linear_hvae_solution(good, 1, 1, sigma1=0.0), "sigma1"),
+        (lambda: linear_vae_solution(good, 1).recommend(2), "active is 2"),
+        (lambda: PosteriorCollapse(2, delta=1.0), "delta"),
+        (lambda: PosteriorCollapse(2, epsilons=[-1.0]), "epsilons"),
+        (lambda: PosteriorCollapse(2).update(good, good[:, :1]), "give both"),
+        (lambda: PosteriorCollapse(2).update(good * torch.nan, good), "diverged"),
+        (lambda: PosteriorCollapse(2).update(good, -good.abs()), "not log-variances"),
+        (lambda: PosteriorCollapse.from_encoder(lambda x: (x, x), []), "empty"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_reports_say_and_draw_what_was_found():
+    meter = PosteriorCollapse(4)
+    meter.update(torch.zeros(10, 4), torch.ones(10, 4))
+    report = meter.compute()
+    with pytest.raises(ValueError, match="not counted"):
+        report.collapsed(0.123)
+    solution = linear_vae_solution(moment(), 4, eta_dec=3.0, moments=True)
+    assert "4 of 4" in report.advise() and f"beta below {0.69**2 / 9:.3g}" in report.advise(solution)
+    for figure in (report.plot(), solution.plot()):
+        assert len(figure.axes) == 2

@@ -1,0 +1,84 @@
+"""The unconstrained feature model and its closed forms (arXiv 2301.00437), apart from the metric."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from paperworks.representation import frame_geometry, unconstrained_features
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_1_closed_form_is_what_scipy_finds(depth):
+    """Features at their class means: scipy minimises over them and the layers, with no code of ours."""
+    counts, lam, width = torch.tensor([30.0, 12.0], dtype=torch.float64), 0.006, 3
+    wanted = torch.eye(2, dtype=torch.float64)
+    shapes = [(width, width)] * (depth - 1) + [(2, width), (2, width)]
+
+    def loss(flat):
+        vector = torch.from_numpy(flat.copy()).requires_grad_()
+        parts = [part.view(shape) for part, shape in zip(vector.split([a * b for a, b in shapes]), shapes, strict=True)]
+        scores = parts[-1]
+        for weight in parts[:-1]:
+            scores = scores @ weight.T
+        error = (counts[:, None] * (scores - wanted).square()).sum() / 2 / counts.sum()
+        decay = lam * sum(weight.square().sum() for weight in parts[:-1])
+        value = error + decay / 2 + lam / 2 * (counts[:, None] * parts[-1].square()).sum()
+        value.backward()
+        return float(value.detach()), vector.grad.numpy()
+
+    size = sum(a * b for a, b in shapes)
+    starts = (torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(6))
+    options = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10}
+    best = min(
+        (minimize(loss, start.numpy(), jac=True, method="L-BFGS-B", options=options) for start in starts),
+        key=lambda found: found.fun,
+    )
+    parts = [
+        part.view(shape)
+        for part, shape in zip(torch.from_numpy(best.x).split([a * b for a, b in shapes]), shapes, strict=True)
+    ]
+    product = parts[0]
+    for weight in parts[1:-1]:
+        product = weight @ product
+    geometry = frame_geometry(counts, lam_w=lam, lam_h=lam, depth=depth)
+    assert torch.allclose(product @ product.T, torch.diag(geometry.weight_squared), atol=1e-3)
+    found = unconstrained_features([30, 12], width, lam_w=lam, lam_h=lam, depth=depth, generator=generator())
+    assert found.loss == pytest.approx(best.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize("lam_w, lam_h", [(0.004, 0.01), (0.01, 0.004)])
+def test_1_decays_of_layers_and_features_have_their_own_parts(lam_w, lam_h):
+    geometry = frame_geometry([20, 10], lam_w=lam_w, lam_h=lam_h, depth=2)
+    found = unconstrained_features([20, 10], 3, lam_w=lam_w, lam_h=lam_h, depth=2, generator=generator())
+    means = found.class_means
+    assert torch.allclose(found.product @ found.product.T, torch.diag(geometry.weight_squared), atol=1e-3)
+    assert torch.allclose(means @ means.T, torch.diag(geometry.feature_squared), atol=1e-3)
+
+
+def test_2_threshold_is_where_the_rarest_class_vanishes():
+    lam = 0.005
+    n = frame_geometry([60, 30, 9], lam_w=lam, lam_h=lam).threshold
+    assert n == pytest.approx(99**2 * lam**2)
+    for depth in (1, 2, 3):
+        geometry = frame_geometry([60, 30, 9], lam_w=lam, lam_h=lam, depth=depth)
+        assert (geometry.collapsed == (geometry.counts <= geometry.threshold)).all()
+
+
+def test_3_equal_counts_are_an_orthonormal_frame_at_every_depth():
+    for depth in (1, 2):
+        found = unconstrained_features([8] * 3, 4, lam_w=0.01, lam_h=0.01, depth=depth, generator=generator())
+        gram = found.product @ found.product.T
+        identity = torch.eye(3, dtype=torch.float64)
+        assert float((gram / gram.norm() - identity / identity.norm()).norm()) < 1e-5
+
+
+def test_the_same_seed_gives_the_same_minimiser_and_both_plot():
+    one, two = (unconstrained_features([6, 3], 3, lam_w=0.01, lam_h=0.01, generator=generator()) for _ in range(2))
+    assert torch.equal(one.features, two.features) and one.loss == two.loss and one.bias is None
+    assert one.plot().axes and frame_geometry([6, 3], lam_w=0.01, lam_h=0.01).plot().axes

@@ -1,0 +1,162 @@
+"""Types of latent variables on constructed posteriors, and the measures against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from paperworks.representation.posterior_collapse import LinearVAE, linear_vae_solution
+from paperworks.representation.variable_activity import (
+    PassiveFilter,
+    VariableActivity,
+    averaged_mutual_information,
+    effective_rank,
+    gaussian_total_correlation,
+    gaussian_wasserstein_correlation,
+    representation_report,
+)
+
+
+def types_of(var, mu=None, **options):
+    activity = VariableActivity(var.shape[1], **options)
+    activity.update(torch.zeros_like(var) if mu is None else mu, var)
+    return activity.compute().types.tolist()
+
+
+def constant(*values, n=50):
+    return torch.tensor(values, dtype=torch.float64).expand(n, -1)
+
+
+def synthetic(active=5, d=12, n=10_000, seed=0):
+    """The paper's model: active factors with covariance 0.2, others small, correlated and near the prior."""
+    rng = np.random.default_rng(seed)
+    C = np.full((d, d), 0.01)
+    C[:active, :active] = 0.2
+    np.fill_diagonal(C, np.where(np.arange(d) < active, 1.0, 0.02))
+    mu = rng.multivariate_normal(np.zeros(d), C, n)
+    return mu, np.tile(np.where(np.arange(d) < active, 0.02**2, 1.0), (n, 1))
+
+
+def test_constructed_variances_give_their_types():
+    var = constant(0.01, 1.0, 0.01, 0.5).clone()
+    var[::2, 2] = 1.0
+    assert types_of(var) == ["active", "passive", "mixed", "mixed"]
+    assert types_of(4 * var, prior_std=2.0) == ["active", "passive", "mixed", "mixed"]
+
+
+def test_boundaries_and_partition():
+    assert types_of(constant(0.1, 0.9, 1.1, 1.11, 0.11, 0.89)) == ["active", "passive", "passive", *["mixed"] * 3]
+    for d in (1, 2, 9):
+        activity = VariableActivity(d)
+        activity.update(torch.randn(30, d), 2 * torch.rand(30, d, generator=torch.Generator().manual_seed(d)) + 1e-3)
+        report = activity.compute()
+        found = np.concatenate([report.indices(kind) for kind in ("active", "mixed", "passive")])
+        assert sorted(found) == list(range(d))
+
+
+def test_total_and_wasserstein_correlation_equal_their_closed_forms():
+    r, scale = 0.7, np.diag([3.0, 0.2])
+    C = np.array([[1, r], [r, 1]])
+    assert gaussian_total_correlation(np.diag([2.0, 0.1])) == pytest.approx(0, abs=1e-12)
+    assert gaussian_total_correlation(C) == pytest.approx(-0.5 * math.log(1 - r**2))
+    assert gaussian_total_correlation(scale @ C @ scale) == pytest.approx(gaussian_total_correlation(C))
+    assert gaussian_wasserstein_correlation(np.diag([2.0, 0.1])) == pytest.approx(0, abs=1e-12)
+    expected = 4 - 2 * (math.sqrt(1 + r) + math.sqrt(1 - r))
+    assert gaussian_wasserstein_correlation(C) == pytest.approx(expected)
+    assert gaussian_wasserstein_correlation(C, normalised=True) == pytest.approx(expected / 2)
+    with pytest.warns(RuntimeWarning, match="singular"):
+        assert gaussian_total_correlation(np.ones((2, 2))) == math.inf
+
+
+def test_batches_and_their_order_do_not_matter():
+    mu, var = torch.randn(50, 3).double(), torch.rand(50, 3).double() + 0.1
+    whole, parts = VariableActivity(3), VariableActivity(3)
+    whole.update(mu, var)
+    for rows in reversed(torch.arange(50).split(7)):
+        parts.update(mu[rows], var[rows])
+    one, other = whole.compute(), parts.compute()
+    for name in ("mean_variance", "variance_variance", "covariance"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-9)
+    np.testing.assert_allclose(one.covariance, np.cov(mu.numpy(), rowvar=False))
+    np.testing.assert_allclose(one.variance_variance, var.numpy().var(0))
+
+
+def test_mutual_information_leaves_out_a_variable_with_itself_and_permutes():
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((20_000, 3))
+    assert averaged_mutual_information(Z) < 19**2 / 40_000 * 1.5
+    Z[:, 1] += Z[:, 0]
+    assert averaged_mutual_information(Z[:, [2, 0, 1]]) == pytest.approx(averaged_mutual_information(Z))
+    assert averaged_mutual_information(np.c_[Z[:, 0], np.ones(len(Z))]) == pytest.approx(0, abs=1e-9)
+    assert effective_rank(np.diag([1.0, 1.0, 0.0])) == pytest.approx(2)
+
+
+def test_synthetic_model_correlates_in_the_mean_code_only():
+    mu, var = synthetic()
+    activity = VariableActivity(12)
+    activity.update(torch.tensor(mu), torch.tensor(var))
+    report = activity.compute()
+    assert report.types.tolist() == ["active"] * 5 + ["passive"] * 7
+    table = representation_report(mu, var, random_state=1)
+    assert table["full", "mean"]["total_correlation"] > 3 * table["full", "sampled"]["total_correlation"]
+    tc = [table["active", code]["total_correlation"] for code in ("mean", "sampled")]
+    assert tc[0] == pytest.approx(tc[1], rel=0.05)
+    sampled = mu + np.sqrt(var) * np.random.default_rng(2).standard_normal(mu.shape)
+    R = np.corrcoef(sampled, rowvar=False)
+    assert R[5, 6] == pytest.approx(0.01 / 1.02, abs=4 / math.sqrt(len(mu)))
+    C = report.sampled_covariance
+    predicted = C / np.sqrt(np.outer(C.diagonal(), C.diagonal()))
+    # The largest of 66 sampling errors of 0.01 each.
+    assert np.abs(R - predicted).max() < 0.045 and np.sqrt(((R - predicted) ** 2).mean()) < 0.03
+    assert set(report.disagreement) == set(range(5, 12))
+
+
+def test_filter_drops_passive_variables_only():
+    mu, var = synthetic(n=200)
+    chosen = PassiveFilter().fit(mu, var)
+    np.testing.assert_array_equal(chosen.transform(mu), mu[:, :5])
+    assert chosen.get_support().sum() == 5 and chosen.get_feature_names_out().tolist() == [f"x{i}" for i in range(5)]
+    none = PassiveFilter().fit(mu[:, :5], var[:, :5])
+    np.testing.assert_array_equal(none.transform(mu[:, :5]), mu[:, :5])
+    with pytest.raises(ValueError, match="allow_empty"):
+        PassiveFilter().fit(mu[:, 5:], var[:, 5:])
+    assert not PassiveFilter(allow_empty=True).fit(mu[:, 5:], var[:, 5:]).get_support().any()
+
+
+def test_collapsed_variables_of_a_linear_vae_are_the_passive_ones():
+    S = torch.diag(torch.tensor([30.0, 20.0, 0.5, 0.3], dtype=torch.float64))
+    model = LinearVAE(4, 4, generator=torch.Generator().manual_seed(0))
+    model.fit(S)
+    X = torch.randn(200, 4, dtype=torch.float64) * S.diagonal().sqrt()
+    activity = VariableActivity.from_encoder(
+        lambda x: (model.encode(x)[0], model.log_var.expand(len(x), -1)), [X[:90], X[90:]]
+    )
+    report = activity.compute()
+    passive = report.indices("passive")
+    assert len(passive) == linear_vae_solution(S, 4, moments=True).n_collapsed == 2
+    np.testing.assert_allclose(report.mean_variance[passive], 1, atol=1e-6)
+    np.testing.assert_allclose(report.variance_variance, 0, atol=1e-9)
+
+
+def test_bad_input_is_one_sentence():
+    good = torch.ones(4, 2)
+    for call, words in [
+        (lambda: VariableActivity(0), "dims"),
+        (lambda: VariableActivity(2, t_mean=0.5), "t_mean"),
+        (lambda: VariableActivity(2).update(good, -good), "not log-variances"),
+        (lambda: VariableActivity(2).update(good, good * torch.nan), "NaN"),
+        (lambda: types_of(good[:1]), "at least two"),
+        (lambda: PassiveFilter(keep=["busy"]).fit(good, good), "choose among"),
+        (lambda: averaged_mutual_information(np.ones((3, 1))), "two columns"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_report_draws_every_type():
+    activity = VariableActivity(3)
+    activity.update(torch.randn(20, 3), constant(0.01, 1.0, 0.5, n=20))
+    assert len(activity.compute().plot().axes[0].collections) == 3
