@@ -23,6 +23,7 @@ check: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/paperworks bench
+	$(BIN)/paperworks bench --page
 
 serve: .venv/page.stamp
 	$(BIN)/paperworks serve

@@ -116,6 +116,7 @@ def create_app(
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
     state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, meaning
+    state.embedding = threading.Semaphore(1)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
     for routes in (papers, community, accounts, runs):
@@ -137,6 +138,11 @@ def create_app(
 
 def from_environment() -> FastAPI:
     """The application of one of the server's processes, with the settings that `serve` has left for it."""
+    if find_spec("torch"):
+        import torch
+
+        # A query is too short to share among threads, and the processors are the readers'.
+        torch.set_num_threads(1)
     return create_app(**json.loads(os.environ.get(_SETTINGS, "{}")))
 
 

@@ -1,21 +1,29 @@
-"""How fast the page is: search over many papers."""
+"""How fast the page is: search over many papers, and many readers at once; the record of both."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from pathlib import Path
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
 
-from paperworks.lab.run import Measurement
+from paperworks.lab.environment import environment
+from paperworks.lab.records import as_record, interval, machine
+from paperworks.lab.run import Measurement, Run
 from paperworks.lab.search import chosen_embedder, words_of
 from paperworks.lab.store import Store
 from paperworks.page.index import Entry, Index
+from paperworks.page.load import load_bench
 from paperworks.page.meaning import Embedder, SentenceEmbedder
 from paperworks.papers import load_cards
 
@@ -88,6 +96,38 @@ def search_bench(
             Measurement("search, 95th percentile", quantiles(times, n=20)[-1], "ms", "lower", series=kind),
         ]
     return recorded
+
+
+def page_bench(root: Path, *, progress: Progress | None = None) -> Run:
+    """Measure search at 100,000 papers and 200 readers at once, and write benchmarks/page.json and page.md of a checkout.
+
+    The filled index is kept in the user's cache folder, so that the next time it need not be filled.
+
+    Args:
+        root: The checkout.
+        progress: As for `search_bench`.
+
+    Raises:
+        UsageError: wrk is not installed.
+    """
+    run = Run("page", {"papers": 100_000, "readers": 200})
+    kept = user_cache_path("paperworks") / "page-bench" / "runs.db"
+    with Store(kept) as store:
+        measured = search_bench(store, progress=progress)
+    with TemporaryDirectory() as folder:
+        for pause, name in ((1.0, "one page a second"), (5.0, "one page in five seconds")):
+            for one in load_bench(f"sqlite:///{folder}/runs.db", pause=pause):
+                measured.append(replace(one, series=f"{one.series}, 200 readers, {name}"))
+    run.measurements.extend(measured)
+    run.environment.update(environment())
+    run.status, run.finished = "finished", datetime.now(UTC)
+    benchmarks = root / "benchmarks"
+    (benchmarks / "page.json").write_text(json.dumps(as_record(run), indent=1) + "\n", encoding="utf-8")
+    rows = [f"| {m.name} | {m.series or ''} | {interval(m)} |" for m in run.measurements]
+    table = "\n".join(["| figure | of | measured |", "| --- | --- | --- |", *rows])
+    text = f"# The page\n\n{table}\n\n{machine(run.environment)}\n"
+    (benchmarks / "page.md").write_text(text, encoding="utf-8")
+    return run
 
 
 class _Language:

@@ -42,7 +42,7 @@ def neural_collapse(
     smallest: int = 15,
     largest: int = 150,
     width: int = 128,
-    steps: int = 500,
+    steps: int = 1500,
     seeds: int = 3,
     restarts: int = 1,
     seed: int = 0,
