@@ -146,6 +146,7 @@ class Recipe:
         scales: For each scale the options that differ from the default one.
         function: The function itself.
         seeded: Whether the function takes the run's seed as `seed`.
+        headline: Name of the measurement that a list shows.
     """
 
     paper: str
@@ -156,6 +157,7 @@ class Recipe:
     scales: dict[str, dict[str, Any]]
     function: Callable[..., None]
     seeded: bool = False
+    headline: str = "speed-up"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.function.__doc__)
@@ -235,6 +237,7 @@ def recipe(
     baseline: str = "",
     tiny: Mapping[str, object] | None = None,
     large: Mapping[str, object] | None = None,
+    headline: str = "speed-up",
 ) -> Callable[[Callable[..., None]], Recipe]:
     """Make a function the recipe of a paper.
 
@@ -247,6 +250,7 @@ def recipe(
         baseline: What the method is compared with, in words.
         tiny: Parameters that differ at scale `tiny`, which takes seconds.
         large: Parameters that differ at scale `paper`, meant for a GPU.
+        headline: Name of the measurement that a list shows; the last of that name.
 
     Raises:
         TypeError: A parameter has no default or a type that cannot become an option.
@@ -266,7 +270,7 @@ def recipe(
     """
 
     def register(function: Callable[..., None]) -> Recipe:
-        made = _describe(function, paper, baseline, tiny, large)
+        made = _describe(function, paper, baseline, tiny, large, headline)
         before = _registry.get(paper)
         if before is not None and _where(before.function) != _where(function):
             raise ValueError(
@@ -288,6 +292,7 @@ def _describe(
     baseline: str = "",
     tiny: Mapping[str, object] | None = None,
     large: Mapping[str, object] | None = None,
+    headline: str = "speed-up",
 ) -> Recipe:
     doc = inspect.getdoc(function) or ""
     helps = _argument_helps(doc)
@@ -315,6 +320,7 @@ def _describe(
         scales={},
         function=function,
         seeded="seed" in types,
+        headline=headline,
     )
     for scale, values in (("tiny", tiny), ("default", {}), ("paper", large)):
         if values is not None:

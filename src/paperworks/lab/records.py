@@ -124,9 +124,12 @@ def write_tables(root: Path) -> None:
 
 
 def headline(record: dict[str, Any]) -> Measurement | None:
-    """The one figure that a list has room for: the last speed-up, else the last ratio; None where there is no ratio."""
+    """The one figure that a list has room for: what the recipe names, else the last ratio; None where there is neither."""
+    recipe = recipes().get(record["paper"])
+    name = recipe.headline if recipe else "speed-up"
     ratios = [measurement for measurement in record["measurements"] if measurement.against]
-    return next((m for m in reversed(ratios) if m.name == "speed-up"), ratios[-1] if ratios else None)
+    named = [measurement for measurement in record["measurements"] if measurement.name == name]
+    return next(reversed(named or ratios), None)
 
 
 def markdown_table(records: dict[str, dict[str, Any]], *, brief: bool = False) -> str:

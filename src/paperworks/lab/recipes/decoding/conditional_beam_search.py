@@ -24,6 +24,7 @@ _METHOD = "conditional beam search"
 @recipe(
     "conditional-beam-search",
     baseline="transformers' beam search; reading without learning",
+    headline="degenerate, ratio",
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 3,

@@ -20,6 +20,7 @@ VARIABILITY = "within / between classes"
 @recipe(
     "near-collapse",
     baseline="the features of the layer before",
+    headline="within / between classes",
     tiny={"per_class": 6, "width": 16, "depth": 2, "steps": 30, "seeds": 2, "long_steps": 40},
     large={"width": 512, "depth": 10, "steps": 5000, "seeds": 10, "long_steps": 20_000},
 )

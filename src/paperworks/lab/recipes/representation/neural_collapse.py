@@ -33,6 +33,7 @@ class Trained(NamedTuple):
 @recipe(
     "neural-collapse",
     baseline="the network at zero training error, and the frame of balanced classes",
+    headline="fall of NC1",
     tiny={"classes": 3, "smallest": 5, "largest": 15, "width": 16, "steps": 60, "seeds": 2},
     large={"width": 1024, "steps": 20_000, "seeds": 10},
 )

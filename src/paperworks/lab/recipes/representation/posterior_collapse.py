@@ -14,6 +14,7 @@ _BETAS = (0.1, 0.5, 1.0, 2.0, 4.0)
 @recipe(
     "posterior-collapse",
     baseline="training and measuring",
+    headline="rank correlation with prediction",
     tiny={"epochs": 1, "latent": 4, "seeds": 1, "fit_latent": 2, "fit_steps": 200},
     large={"epochs": 300, "seeds": 10},
 )

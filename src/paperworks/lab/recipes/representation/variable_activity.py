@@ -11,6 +11,7 @@ from paperworks.lab.run import Run
 @recipe(
     "variable-activity",
     baseline="the full code",
+    headline="accuracy kept",
     tiny={"epochs": 2, "latent": 6, "folds": 2, "hidden": 16},
     large={"epochs": 1000},
 )
