@@ -503,3 +503,19 @@ def test_signs_fill_whole_words():
     vectors = np.array([[1.0, -1.0, 0.5], [-1.0, -1.0, -0.5]], dtype=np.float32)
     signs = meaning._signs(vectors)
     assert signs.shape == (2, 1) and np.bitwise_count(signs[0] ^ signs[1]).sum() == 2
+
+
+def test_a_filter_is_applied_to_what_matches(tmp_path):
+    """Begun with the filter, SQLite would search the words once for each paper that passes it."""
+    from sqlalchemy import text
+
+    from paperworks.page.words import Fts5, _matching
+
+    with Store(f"sqlite:///{tmp_path}/runs.db") as store:
+        Index(store).sync_cards()
+        query = select(Fts5.id).where(*_matching(Fts5(), '"model"', [EntryRow.year == 2024]))
+        with store.reading() as session:
+            told = query.compile(session.bind, compile_kwargs={"literal_binds": True})
+            plan = [row[3] for row in session.execute(text(f"EXPLAIN QUERY PLAN {told}"))]
+    # "=" beside M would be a look-up by the paper's identity.
+    assert plan[0] == "SCAN entry_words VIRTUAL TABLE INDEX 0:M4"
