@@ -93,7 +93,7 @@ def _execute(
     store: Store,
     place: Executor,
     show_progress: bool,
-    run_id: str | None,
+    run_id: str | None = None,
 ) -> Run:
     display = Display() if show_progress and sys.stderr.isatty() else None
     run = Run(

@@ -1,0 +1,447 @@
+"""Pretraining by maximum likelihood, then empirical risk minimisation (arXiv 2303.01566)."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal, norm, ortho_group
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from torch import nn
+
+from paperworks.representation import (
+    ComponentTable,
+    ContrastiveModel,
+    FactorModel,
+    MixtureModel,
+    PretrainedFeatures,
+    compare_pretraining,
+    contrastive_loss,
+    informativeness,
+    pretraining_gain,
+)
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def factors(random, m, B, beta):
+    """Samples (m, d) and targets of the factor model with unit noise."""
+    z = random.normal(size=(m, B.shape[1]))
+    return z @ B.T + random.normal(size=(m, len(B))), z @ beta + 0.3 * random.normal(size=m)
+
+
+def clusters(random, m, means):
+    """Samples of the mixture, and labels that go by the component's parity."""
+    z = random.integers(len(means), size=m)
+    return means[z] + random.normal(size=(m, means.shape[1])), np.array(["even", "odd"])[z % 2]
+
+
+def compared(random, m, theta):
+    """Pairs of the contrastive model."""
+    x, other = random.normal(size=(2, m, theta.shape[1]))
+    chance = 1 / (1 + np.exp(-((x @ theta.T) * (other @ theta.T)).sum(1)))
+    return x, other, (random.random(m) < chance).astype(int)
+
+
+def test_1_factor_likelihood_is_not_below_that_of_a_gradient_fit(random):
+    X, _ = factors(random, 80, random.normal(size=(6, 2)), np.ones(2))
+    model = FactorModel(2).fit(X)
+    data = torch.from_numpy(X - X.mean(0))
+    B = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    log_variance = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def likelihood():
+        covariance = B @ B.T + log_variance.exp() * torch.eye(6, dtype=torch.float64)
+        return (
+            torch.distributions.MultivariateNormal(torch.zeros(6, dtype=torch.float64), covariance)
+            .log_prob(data)
+            .mean()
+        )
+
+    optimiser = torch.optim.LBFGS(
+        [B, log_variance], max_iter=500, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        (-likelihood()).backward()
+        return -likelihood()
+
+    optimiser.step(closure)
+    reached = float(likelihood().detach())
+    assert reached - 1e-6 <= model.score(X) <= reached + 1e-6
+    assert model.noise_variance_ == pytest.approx(float(log_variance.detach().exp()), rel=1e-4)
+    outer = (B @ B.T).detach().numpy()
+    assert np.allclose(model.loadings_ @ model.loadings_.T, outer, atol=1e-3)
+    assert not np.allclose(model.loadings_, B.detach().numpy(), atol=0.1)
+    assert model.score(X) >= PCA(2).fit(X).score(X)
+
+
+def test_1_factor_density_and_posterior_are_those_of_the_gaussian(random):
+    X, _ = factors(random, 40, random.normal(size=(5, 2)), np.ones(2))
+    model = FactorModel(2, noise_variance=0.7).fit(X)
+    covariance = model.loadings_ @ model.loadings_.T + 0.7 * np.eye(5)
+    assert np.allclose(model.score_samples(X), multivariate_normal(model.mean_, covariance).logpdf(X))
+    expected = (X - X.mean(0)) @ np.linalg.solve(covariance, model.loadings_)
+    assert np.allclose(model.transform(X), expected)
+
+
+def test_1_more_features_than_samples_counts_the_zeros(random):
+    X = random.normal(size=(10, 40))
+    eigenvalues = np.linalg.eigvalsh(np.cov(X.T, bias=True))[::-1]
+    model = FactorModel(3).fit(X)
+    assert model.noise_variance_ == pytest.approx(eigenvalues[3:].mean())
+    assert np.allclose((model.loadings_**2).sum(0), eigenvalues[:3] - eigenvalues[3:].mean())
+    loud = FactorModel(3, noise_variance=1e3).fit(X)
+    assert not loud.loadings_.any() and not loud.transform(X).any()
+
+
+def test_2_a_rotation_of_the_factors_changes_no_prediction(random):
+    X, y = factors(random, 300, random.normal(size=(8, 3)), np.ones(3))
+    plain = PretrainedFeatures(FactorModel(3)).fit(X[:20], y[:20], X_unlabeled=X[20:])
+    rotated = FactorModel(3).fit(np.concatenate([X[20:], X[:20]]))
+    rotated.loadings_ = rotated.loadings_ @ ortho_group(3, seed=1).rvs()
+    turned = PretrainedFeatures(FrozenEstimator(rotated)).fit(X[:20], y[:20])
+    assert np.allclose(turned.predict(X), plain.predict(X), rtol=0, atol=1e-8)
+    assert not np.allclose(turned.transform(X), plain.transform(X), atol=0.1)
+
+
+def test_2_a_permutation_of_the_components_changes_no_prediction(random):
+    X, y = clusters(random, 300, 4 * random.normal(size=(5, 3)))
+    plain = PretrainedFeatures(MixtureModel(5, random_state=0)).fit(X[:30], y[:30], X_unlabeled=X[30:])
+    permuted = MixtureModel(5, random_state=0).fit(np.concatenate([X[30:], X[:30]]))
+    permuted.means_, permuted.weights_ = permuted.means_[[3, 0, 4, 1, 2]], permuted.weights_[[3, 0, 4, 1, 2]]
+    turned = PretrainedFeatures(FrozenEstimator(permuted)).fit(X[:30], y[:30])
+    assert (turned.predict(X) == plain.predict(X)).all()
+    assert np.allclose(turned.predict_proba(X), plain.predict_proba(X), rtol=0, atol=1e-8)
+
+
+def test_2_a_rotation_of_the_embedding_changes_no_prediction(random):
+    theta = random.normal(size=(2, 6))
+    pairs, X = compared(random, 800, theta), random.normal(size=(30, 6))
+    y = X @ theta.T @ [1.0, -2.0]
+    plain = PretrainedFeatures(ContrastiveModel(2, random_state=0)).fit(X, y, pairs=pairs)
+    turned = ContrastiveModel(2, random_state=0).fit(pairs)
+    turned.theta_ = ortho_group(2, seed=1).rvs() @ turned.theta_
+    other = PretrainedFeatures(FrozenEstimator(turned)).fit(X, y)
+    assert np.allclose(other.predict(X), plain.predict(X), rtol=0, atol=1e-8)
+    assert turned.score(pairs) == pytest.approx(plain.model_.score(pairs))
+
+
+def test_3_with_the_true_model_the_excess_is_that_of_least_squares_on_r_features(random):
+    d, r, n = 12, 3, 20
+    B, beta = random.normal(size=(d, r)), np.array([1.0, -0.5, 2.0])
+    true = FactorModel(r)
+    true.mean_, true.loadings_, true.noise_variance_ = np.zeros(d), B, 1.0
+    posterior = np.linalg.inv(np.eye(r) + B.T @ B)
+    spread, residual = np.eye(r) - posterior, beta @ posterior @ beta + 0.09
+    learner, excess = PretrainedFeatures(FrozenEstimator(true), LinearRegression(fit_intercept=False)), []
+    for _ in range(400):
+        error = learner.fit(*factors(random, n, B, beta)).predictor_.coef_ - beta
+        excess.append(error @ spread @ error)
+    expected = residual * r / (n - r - 1)
+    assert abs(np.mean(excess) - expected) < 3 * np.std(excess) / math.sqrt(len(excess))
+    assert np.std(excess) / math.sqrt(len(excess)) < 0.1 * expected
+
+
+def test_4_with_much_data_it_is_the_bayes_predictor(random):
+    B, beta = random.normal(size=(7, 2)), np.array([1.0, -2.0])
+    X, y = factors(random, 200_000, B, beta)
+    fitted = PretrainedFeatures(FactorModel(2)).fit(X, y)
+    weights = np.linalg.solve(B @ B.T + np.eye(7), B @ beta)
+    assert np.allclose(fitted.predict(np.eye(7)) - fitted.predict(np.zeros((1, 7))), weights, atol=0.02)
+
+
+def test_5_all_factors_without_noise_are_ordinary_least_squares(random):
+    X, y = factors(random, 60, random.normal(size=(5, 2)), np.ones(2))
+    fitted = PretrainedFeatures(FactorModel(5)).fit(X, y)
+    assert fitted.model_.noise_variance_ == 0
+    assert np.allclose(fitted.predict(X), LinearRegression().fit(X, y).predict(X), atol=1e-8)
+
+
+def test_5_one_component_is_the_majority_class(random):
+    X, y = random.normal(size=(40, 3)), np.array(["a"] * 15 + ["b"] * 25)
+    fitted = PretrainedFeatures(MixtureModel(1)).fit(X, y)
+    assert (fitted.predict(X) == "b").all() and np.allclose(fitted.predict_proba(X), [0, 1])
+    assert np.allclose(fitted.model_.means_, X.mean(0)) and fitted.score(X, y) == 25 / 40
+
+
+def test_5_too_few_labels_are_an_error_or_ridge(random):
+    X, y = factors(random, 60, random.normal(size=(9, 4)), np.ones(4))
+    with pytest.raises(ValueError, match="4 labelled samples do not determine least squares on 4 features"):
+        PretrainedFeatures(FactorModel(4)).fit(X[:4], y[:4], X_unlabeled=X)
+    assert PretrainedFeatures(FactorModel(4)).fit(X[:5], y[:5], X_unlabeled=X).predict(X).shape == (60,)
+    assert np.isfinite(PretrainedFeatures(FactorModel(4), Ridge()).fit(X[:3], y[:3], X_unlabeled=X).predict(X)).all()
+
+
+@pytest.mark.parametrize("m", [200, 20_000])
+def test_6_without_information_the_excess_stays_and_the_baseline_is_chosen(random, m):
+    d, r, n = 10, 2, 60
+    B = np.zeros((d, r))
+    B[:r] = 2 * np.eye(r)
+
+    def draw(size):
+        X, _ = factors(random, size, B, np.ones(r))
+        X[:, -1] *= 0.5
+        return X, 4 * X[:, -1] + 0.3 * random.normal(size=size)
+
+    (X, y), unlabeled, (X_test, y_test) = draw(n), draw(m)[0], draw(5000)
+    fitted = PretrainedFeatures(FactorModel(r)).fit(X, y, X_unlabeled=unlabeled)
+    # Var(4 x_d) = 4, and what least squares on two useless features adds.
+    assert np.mean((fitted.predict(X_test) - y_test) ** 2) - 0.09 == pytest.approx(4, rel=0.15)
+    report = compare_pretraining(
+        X, y, [FactorModel(k) for k in (1, 2, 3)], X_unlabeled=unlabeled, repeats=2, random_state=0
+    )
+    assert report.choice == "supervised" and report.risks["supervised"].mean() < 0.2
+    assert report.plot().axes and "Take supervised" in str(report)
+
+
+def test_6_with_information_pretraining_and_the_right_size_are_chosen(random):
+    B, beta = 0.25 * random.normal(size=(100, 3)), np.ones(3)
+    (X, y), (unlabeled, _) = factors(random, 40, B, beta), factors(random, 2000, B, beta)
+    report = compare_pretraining(
+        X, y, [FactorModel(k) for k in (1, 3, 9)], X_unlabeled=unlabeled, repeats=2, random_state=0
+    )
+    assert report.model.n_components == 3 and report.choice == "pretrained"
+    means = 1.5 * random.normal(size=(6, 10))
+    (X, y), (unlabeled, _) = clusters(random, 40, means), clusters(random, 600, means)
+    named = {"few": MixtureModel(2, random_state=0), "right": MixtureModel(6, random_state=0)}
+    report = compare_pretraining(X, y, named, X_unlabeled=unlabeled, repeats=2, random_state=0)
+    assert report.likelihoods["right"] > report.likelihoods["few"] and report.choice == "pretrained"
+    theta = random.normal(size=(2, 8))
+    pairs, X = compared(random, 2000, theta), random.normal(size=(20, 8))
+    y = X @ theta.T @ np.ones(2) + 0.5 * random.normal(size=20)
+    report = compare_pretraining(X, y, [ContrastiveModel(2, random_state=0)], pairs=pairs, folds=3, random_state=0)
+    assert report.choice == "pretrained"
+
+
+def test_7_zero_is_a_saddle_of_the_contrastive_likelihood(random):
+    pairs = compared(random, 2000, random.normal(size=(2, 5)))
+    x, other, similar = map(torch.from_numpy, pairs)
+    zero = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(x @ zero.T, other @ zero.T, similar)
+    assert not torch.autograd.grad(loss, zero)[0].any() and float(loss.detach()) == pytest.approx(math.log(2))
+    fitted = ContrastiveModel(2, random_state=0).fit(pairs)
+    assert -fitted.score(pairs) < math.log(2) - 0.05
+
+
+def test_7_contrastive_loss_is_the_logistic_loss_of_inner_products(random):
+    theta = random.normal(size=(2, 5))
+    x, other, similar = compared(random, 50, theta)
+    inner = np.einsum("ij,ij->i", x @ theta.T, other @ theta.T)
+    expected = np.log1p(np.exp(-(2 * similar - 1) * inner)).mean()
+    embedded = torch.from_numpy(x @ theta.T), torch.from_numpy(other @ theta.T)
+    assert float(contrastive_loss(*embedded, torch.from_numpy(similar))) == pytest.approx(expected)
+    model = ContrastiveModel(2)
+    model.theta_ = theta
+    assert model.score((x, other, similar)) == pytest.approx(-expected)
+
+
+def test_contrastive_fit_finds_theta_up_to_rotation_and_takes_either_sign_of_s(random):
+    theta = random.normal(size=(2, 4))
+    x, other, similar = compared(random, 30_000, theta)
+    fitted = ContrastiveModel(2, random_state=0).fit((x, other, similar))
+    assert np.allclose(fitted.theta_.T @ fitted.theta_, theta.T @ theta, atol=0.25)
+    assert np.allclose(ContrastiveModel(2, random_state=0).fit((x, other, 2 * similar - 1)).theta_, fitted.theta_)
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    before = encoder[0].weight.detach().clone()
+    deep = ContrastiveModel(2, encoder=encoder, max_iter=40).fit((x[:2000], other[:2000], similar[:2000]))
+    assert torch.equal(encoder[0].weight, before) and deep.transform(x).shape == (30_000, 2)
+    assert deep.score((x, other, similar)) > -math.log(2) + 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"uniform": True}, {"variance": 1.0}, {"variance": 1.0, "uniform": True}])
+def test_mixture_fit_is_stationary_and_its_density_right(random, options):
+    X, _ = clusters(random, 200, 2 * random.normal(size=(3, 2)))
+    model = MixtureModel(3, random_state=0, tol=1e-13, max_iter=5000, **options).fit(X)
+    expected = sum(
+        weight * multivariate_normal(mean, model.variance_ * np.eye(2)).pdf(X)
+        for weight, mean in zip(model.weights_, model.means_, strict=True)
+    )
+    assert np.allclose(model.score_samples(X), np.log(expected))
+    means, logits, variance = (
+        torch.tensor(one, requires_grad=True) for one in (model.means_, np.log(model.weights_), model.variance_)
+    )
+    joint = torch.log_softmax(logits, 0) + torch.stack([
+        torch.distributions.Normal(mean, variance.sqrt()).log_prob(torch.from_numpy(X)).sum(1) for mean in means
+    ], 1)  # fmt: skip
+    likelihood = joint.logsumexp(1).mean()
+    assert float(likelihood.detach()) == pytest.approx(model.score(X))
+    of_means, of_logits, of_variance = torch.autograd.grad(likelihood, (means, logits, variance))
+    assert of_means.abs().max() < 1e-4
+    assert ("uniform" in options and np.allclose(model.weights_, 1 / 3)) or of_logits.abs().max() < 1e-4
+    assert ("variance" in options and model.variance_ == 1) or of_variance.abs() < 1e-4
+
+
+def test_mixture_keeps_the_likeliest_start(random):
+    X, _ = clusters(random, 300, 3 * random.normal(size=(8, 2)))
+    best = MixtureModel(8, n_init=10, random_state=0).fit(X).score(X)
+    assert all(best >= MixtureModel(8, n_init=k, random_state=0).fit(X).score(X) for k in (1, 3, 9))
+
+
+def test_table_is_the_least_0_1_loss_and_ties_take_the_commonest(random):
+    Z, y = np.eye(4)[[0, 0, 0, 1, 1, 2, 2]], np.array(list("bbbabaa"))
+    table = ComponentTable().fit(Z, y)
+    # Component 1 is tied and 3 empty.
+    assert table.classes_[table.table_].tolist() == ["b", "b", "a", "b"]
+    Z, y = random.dirichlet(np.ones(3), size=25), random.integers(2, size=25)
+    chosen = [np.array(one)[Z.argmax(1)] for one in np.ndindex(2, 2, 2)]
+    assert (ComponentTable().fit(Z, y).predict(Z) != y).sum() == min((one != y).sum() for one in chosen)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_factor_divergences_are_those_of_the_joint_and_marginal_gaussians(random, rotated):
+    X, _ = factors(random, 100, random.normal(size=(4, 2)), np.ones(2))
+    one, true = FactorModel(2).fit(X[:50]), FactorModel(2).fit(X)
+    if rotated:
+        one.loadings_ = one.loadings_ @ ortho_group(2, seed=3).rvs()
+
+    def kl(mean, ours, theirs):
+        ratio = np.linalg.solve(theirs, ours)
+        return (np.trace(ratio) - len(ours) - np.linalg.slogdet(ratio)[1] + mean @ np.linalg.solve(theirs, mean)) / 2
+
+    def joint(model, Q):
+        B = model.loadings_ @ Q
+        covariance = B @ B.T + model.noise_variance_ * np.eye(4)
+        return np.block([[covariance, B], [B.T, np.eye(2)]])
+
+    def turned(angle, sign):
+        c, s = np.cos(angle), np.sin(angle)
+        Q = np.array([[c, -s], [s, c]]) * [1, sign]
+        shift = np.concatenate([one.mean_ - true.mean_, np.zeros(2)])
+        return kl(shift, joint(one, Q), joint(true, np.eye(2)))
+
+    least = min(minimize(lambda a, s=s: turned(a[0], s), [b]).fun for s in (-1, 1) for b in (0, 1.5, 3, 4.5))
+    found = one.divergences(true, np.random.RandomState(0))
+    covariances = [joint(model, np.eye(2))[:4, :4] for model in (one, true)]
+    assert found == pytest.approx((least, kl(one.mean_ - true.mean_, *covariances)), rel=1e-6)
+
+
+def test_mixture_divergences_are_those_of_brute_force(random):
+    one, true = MixtureModel(3), MixtureModel(3)
+    one.means_, one.weights_, one.variance_ = np.array([[2.0], [-1.8], [0.3]]), np.array([0.2, 0.5, 0.3]), 0.5
+    true.means_, true.weights_, true.variance_ = np.array([[-2.0], [0.0], [2.1]]), np.array([0.4, 0.4, 0.2]), 0.6
+    grid = np.linspace(-12, 12, 20_001)
+    p, q = (model.weights_[:, None] * norm(model.means_, math.sqrt(model.variance_)).pdf(grid) for model in (one, true))
+    step = grid[1] - grid[0]
+    floor = 1e-300
+    least = min((p * np.log((p + floor) / (q[list(order)] + floor))).sum() * step for order in permutations(range(3)))
+    marginal = (p.sum(0) * np.log(p.sum(0) / q.sum(0))).sum() * step
+    joint, drawn = one.divergences(true, np.random.RandomState(0))
+    assert joint == pytest.approx(least, rel=1e-6) and drawn == pytest.approx(marginal, rel=0.1)
+
+
+def test_kappa_grows_where_factors_are_weak(random):
+    strong, weak = (
+        informativeness(
+            FactorModel(2), factors(random, 400, size * np.eye(8, 2), np.ones(2))[0], draws=8, random_state=0
+        )
+        for size in (3.0, 0.5)
+    )
+    assert (strong.joint >= strong.marginal).all() and 1 <= strong.kappa < weak.kappa
+    assert strong.plot().axes
+    X, _ = clusters(random, 300, 6 * random.normal(size=(3, 2)))
+    assert informativeness(MixtureModel(3, random_state=0), X, draws=3, random_state=0).kappa == pytest.approx(
+        1, abs=0.3
+    )
+    with pytest.raises(TypeError, match="FactorModel or MixtureModel"):
+        informativeness(ContrastiveModel(2), X)
+
+
+def test_gain_is_the_ratio_of_the_two_bounds():
+    gain = pretraining_gain(100, 25, C_phi=400, C_psi=4, C_joint=100, kappa=0.5)
+    assert gain == (0.5 * 2 + 0.4, 2.0) and gain.ratio == pytest.approx(2 / 1.4)
+    with pytest.raises(ValueError, match="above 0"):
+        pretraining_gain(0, 25, C_phi=400, C_psi=4, C_joint=100)
+
+
+def test_order_of_samples_and_rotation_of_features_change_nothing(random):
+    X, y = factors(random, 200, random.normal(size=(6, 2)), np.ones(2))
+    rotation, order = ortho_group(6, seed=0).rvs(), random.permutation(180)
+    plain = PretrainedFeatures(FactorModel(2)).fit(X[:20], y[:20], X_unlabeled=X[20:])
+    shuffled = PretrainedFeatures(FactorModel(2)).fit(X[:20], y[:20], X_unlabeled=X[20:][order])
+    turned = PretrainedFeatures(FactorModel(2)).fit(X[:20] @ rotation, y[:20], X_unlabeled=X[20:] @ rotation)
+    assert np.allclose(shuffled.predict(X), plain.predict(X), atol=1e-8)
+    assert np.allclose(turned.predict(X @ rotation), plain.predict(X), atol=1e-8)
+
+
+def test_labels_do_not_reach_the_model_and_any_model_or_predictor_will_do(random):
+    X, y = factors(random, 100, random.normal(size=(6, 2)), np.ones(2))
+    one, other = (PretrainedFeatures(FactorModel(2)).fit(X, target) for target in (y, -y[::-1]))
+    assert np.array_equal(one.model_.loadings_, other.model_.loadings_)
+    assert PretrainedFeatures(PCA(3), LogisticRegression()).fit(X, y > 0).score(X, y > 0) > 0.7
+    assert PretrainedFeatures(KMeans(5, random_state=0)).fit(X, y).predict(X).shape == y.shape
+    clipped = PretrainedFeatures(FactorModel(2), clip=0.5).fit(X, y).predict(X)
+    assert np.array_equal(clipped, one.predict(X).clip(-0.5, 0.5)) and abs(clipped).max() == 0.5
+    assert not hasattr(one, "predict_proba") and one.predict(X[:1]).shape == (1,)
+
+
+@pytest.mark.parametrize("kind", ["factors", "mixture", "contrastive", "logistic"])
+def test_save_and_load_give_the_same_predictions(random, tmp_path, kind):
+    X, y = clusters(random, 60, 3 * random.normal(size=(4, 5)))
+    match kind:
+        case "factors":
+            fitted = PretrainedFeatures(FactorModel(2, noise_variance=0.5), clip=1.0).fit(X, X[:, 0])
+        case "mixture":
+            fitted = PretrainedFeatures(MixtureModel(4, random_state=np.random.RandomState(0))).fit(X, y)
+        case "contrastive":
+            pairs = compared(random, 200, np.eye(2, 5))
+            fitted = PretrainedFeatures(ContrastiveModel(2, random_state=0), Ridge(2.0)).fit(X, X[:, 0], pairs=pairs)
+        case "logistic":
+            fitted = PretrainedFeatures(FrozenEstimator(FactorModel(3).fit(X)), LogisticRegression()).fit(X, y)
+    fitted.save_pretrained(tmp_path)
+    loaded = PretrainedFeatures.from_pretrained(tmp_path)
+    assert (loaded.predict(X) == fitted.predict(X)).all() and np.array_equal(loaded.transform(X), fitted.transform(X))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert loaded.fit(
+        X, y if kind in ("mixture", "logistic") else X[:, 0], pairs=pairs if kind == "contrastive" else None
+    )
+
+
+def test_what_cannot_be_saved_is_refused(random, tmp_path):
+    X = random.normal(size=(20, 3))
+    with pytest.raises(TypeError, match="cannot be saved"):
+        PretrainedFeatures(PCA(2)).fit(X, X[:, 0]).save_pretrained(tmp_path)
+
+
+def test_bad_input_is_one_clear_sentence(random):
+    X, y = random.normal(size=(20, 4)), random.normal(size=20)
+    pairs = (X, X, np.arange(20) % 2)
+    for call, words in (
+        (lambda: FactorModel(2).fit(X * np.nan), "NaN"),
+        (lambda: FactorModel(2).fit(np.ones((9, 4))), "all 9 samples are the same"),
+        (lambda: FactorModel(1).fit(X[:1]), "all 1 samples are the same"),
+        (lambda: FactorModel(5).fit(X), "n_components is between 1 and 4"),
+        (lambda: FactorModel(3).fit(X[:3]), "n_components is between 1 and 2"),
+        (lambda: FactorModel(2, noise_variance=-1).fit(X), "noise_variance"),
+        (lambda: FactorModel(2).fit(X[:3]).score(X), "leaves no density"),
+        (lambda: FactorModel(2).fit(X).transform(X[:, :3]), "samples have 4 features, got 3"),
+        (lambda: MixtureModel(3).fit(np.repeat(X[:3], 4, axis=0)), "more distinct samples, got 3"),
+        (lambda: MixtureModel(2, variance=0).fit(X), "variance is above 0"),
+        (lambda: MixtureModel(2, n_init=0).fit(X), "at least 1"),
+        (lambda: MixtureModel(2).fit(np.ones((9, 4))), "all 9 samples are the same"),
+        (lambda: ContrastiveModel(2).fit(X), "pairs"),
+        (lambda: ContrastiveModel(2).fit((X, X, np.arange(20))), "s is of 0 and 1"),
+        (lambda: ContrastiveModel(2).fit((X, X[:, :2], pairs[2])), "one shape"),
+        (lambda: ContrastiveModel(0).fit(pairs), "at least 1"),
+        (lambda: PretrainedFeatures(ContrastiveModel(2)).fit(X, y), "give PretrainedFeatures.fit its pairs"),
+        (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y[:5]), "inconsistent numbers of samples"),
+        (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y, X_unlabeled=X[:, :3]), "samples have 4 features"),
+        (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y, X_unlabeled=X, pairs=pairs), "not both"),
+        (lambda: PretrainedFeatures(FactorModel(2), clip=0).fit(X, y), "clip"),
+        (lambda: PretrainedFeatures(MixtureModel(2)).fit(X, ["a"] * 20), "two or more classes"),
+        (lambda: compare_pretraining(X, y, []), "models is empty"),
+        (lambda: informativeness(FactorModel(2), X, draws=0), "draws"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
