@@ -37,7 +37,7 @@ from paperworks import __version__
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab.store import Store
 from paperworks.page.accounts import Accounts
-from paperworks.page.caching import Shared
+from paperworks.page.caching import Crowd, Shared
 from paperworks.page.index import Index
 from paperworks.page.mail import keep_sending
 from paperworks.page.rendering import STATIC, respond, wants_json
@@ -116,7 +116,7 @@ def create_app(
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
     state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, meaning
-    state.embedding = threading.Semaphore(1)
+    state.crowd = Crowd(3)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
     for routes in (papers, community, accounts, runs):
@@ -183,6 +183,8 @@ def serve(
         # Addresses hold tokens of mails.
         access_log=False,
         server_header=False,
+        # Longer than a reader looks at a page.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
 

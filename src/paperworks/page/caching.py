@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import MutableMapping
@@ -90,6 +91,32 @@ class Shared:
         while len(self._answers) > self._most:
             self._answers.popitem(last=False)
         return answer
+
+
+class Crowd:
+    """Counts who is being served, so that a crowd is served plainly rather than late.
+
+    Args:
+        few: How many at once are no crowd.
+
+    Example:
+        >>> crowd = Crowd(1)
+        >>> with crowd as first, crowd as second:
+        ...     first, second
+        (True, False)
+    """
+
+    def __init__(self, few: int) -> None:
+        self._few, self._served, self._lock = few, 0, threading.Lock()
+
+    def __enter__(self) -> bool:
+        with self._lock:
+            self._served += 1
+            return self._served <= self._few
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._served -= 1
 
 
 def _copy(message: Message) -> MutableMapping[str, Any]:

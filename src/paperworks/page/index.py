@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -183,6 +184,8 @@ class Index:
             self._embedder = embedder
         self._vectors = None if self._embedder is None else Vectors(self._embedder.name)
         self._asked = lru_cache(maxsize=1024)(self._vector_of)
+        # The model reads the query while the database looks for its words.
+        self._reading = ThreadPoolExecutor(2, "embedding")
 
     def sync_cards(self) -> int:
         """Take the cards into the index as they are now, and say how many were new or changed."""
@@ -378,8 +381,13 @@ class Index:
                 total = session.scalar(select(func.count()).select_from(EntryRow).where(*where)) or 0
                 newest = self._newest(session, where, limit, offset)
                 return Results(total, [_hit(entry) for _, entry in newest])
+            by_meaning: list[int] = []
+            vector = None
+            if meaning and self._vectors is not None and self._vectors.refresh(session):
+                vector = self._reading.submit(self._asked, query.strip())
             expression, by_words, total = self._by_words(session, query, where, max(_RANKED, offset + limit))
-            by_meaning = self._by_meaning(session, query, where) if meaning else []
+            if vector is not None:
+                by_meaning = self._by_meaning(session, vector.result(), where)
             if by_meaning:
                 others = set(by_meaning) - set(by_words)
                 # With all that match in hand there is nothing to ask.
@@ -402,11 +410,10 @@ class Index:
                 total = count(session, self._words, expression, where)
         return expression, ranked(session, self._words, expression, where, limit) if total else [], total
 
-    def _by_meaning(self, session: Session, query: str, where: Where) -> list[int]:
-        if self._vectors is None or not self._vectors.refresh(session):
-            return []
+    def _by_meaning(self, session: Session, vector: NDArray[np.float32], where: Where) -> list[int]:
+        assert self._vectors is not None
         allowed = session.scalars(select(EntryRow.id).where(*where)).all() if where else None
-        likeness = self._vectors.nearest(session, self._asked(query.strip()), _NEAR, allowed)
+        likeness = self._vectors.nearest(session, vector, _NEAR, allowed)
         enough = _LIKE_ENOUGH * max(likeness.values(), default=0.0)
         return [id for id, cosine in likeness.items() if cosine >= enough > 0]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Semaphore
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
@@ -32,8 +29,6 @@ router = APIRouter(tags=["papers"])
 _PAGE = 20
 _RUNS_SHOWN = 8
 _FEED = 50
-# Seconds that a search waits for the one before it to be through with the model.
-_PATIENCE = 0.05
 
 Period = Literal["day", "week", "month"]
 Number = Annotated[int, Query(ge=1, le=500, description="Which page of the list.")]
@@ -125,24 +120,13 @@ def new(request: Request, reader: Reader, page: Number = 1) -> Response:
     )
 
 
-@contextmanager
-def _turn(embedding: Semaphore) -> Iterator[bool]:
-    """Whether it is this search's turn to go by meaning too: a crowd is served by words rather than late."""
-    first = embedding.acquire(timeout=_PATIENCE)
-    try:
-        yield first
-    finally:
-        if first:
-            embedding.release()
-
-
 @router.get("/search", summary="Search by words and meaning")
 def search(request: Request, reader: Reader, filters: Filters, q: Words = "", page: Number = 1) -> Response:
     """Papers for a query, best first; without one, the newest that fit."""
     index: Index = request.app.state.index
-    with _turn(request.app.state.embedding) as first:
+    with request.app.state.crowd as few:
         results = index.search(
-            _said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=request.app.state.meaning and first
+            _said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=request.app.state.meaning and few
         )
     lines = _lines(
         request.app.state.store, reader, [hit.entry for hit in results.hits],
