@@ -23,6 +23,7 @@ ERROR = "test error"
 @recipe(
     "pretrained-features",
     baseline="ridge or logistic regression on the labelled samples alone",
+    headline="exponent of m",
     tiny={"dims": 40, "largest": 1600, "sizes": 3, "pairs": 2000, "digits": 400, "components": 5, "repeats": 3},
     large={"largest": 204_800, "sizes": 7, "pairs": 100_000, "repeats": 50},
 )
