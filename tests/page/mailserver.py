@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import email
-import socket
 import time
 from email.message import EmailMessage
 from email.policy import default
 
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
+
+from paperworks.page.load import free_port
 
 
 class MailServer:
@@ -31,6 +32,10 @@ class MailServer:
     @property
     def url(self) -> str:
         return f"smtp://127.0.0.1:{self.port}"
+
+    @property
+    def mails(self) -> list[EmailMessage]:
+        return [mail for _, mail in self.received]
 
     @property
     def recipients(self) -> list[str]:
@@ -63,9 +68,3 @@ class MailServer:
         if answer == "drop":
             server.transport.abort()
         return answer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 
 from paperworks.lab import Run, Store
 from paperworks.page.mail import send_pending
 from paperworks.page.subscriptions import SubscriptionRow
-from tests.page.serving import free_port, serving, sqlite
+from tests.page.mailserver import MailServer
+from tests.page.serving import serving, sqlite
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -63,21 +63,8 @@ def page(browser, server):
 
 @pytest.fixture
 def mailbox():
-    """A mail server; its URL and the mails it got."""
-    controller_module = pytest.importorskip("aiosmtpd.controller")
-    from email import message_from_bytes, policy
-
-    mails = []
-
-    class Handler:
-        async def handle_DATA(self, server, session, envelope):
-            mails.append(message_from_bytes(envelope.content, policy=policy.default))
-            return "250 OK"
-
-    controller = controller_module.Controller(Handler(), hostname="127.0.0.1", port=free_port())
-    controller.start()
-    yield SimpleNamespace(url=f"smtp://127.0.0.1:{controller.port}", mails=mails)
-    controller.stop()
+    with MailServer() as server:
+        yield server
 
 
 def register(page, email):

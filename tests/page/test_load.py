@@ -8,8 +8,8 @@ import pytest
 
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.page import load
-from paperworks.page.load import load_bench, read
-from tests.page.serving import free_port, serving, sqlite
+from paperworks.page.load import free_port, load_bench, read
+from tests.page.serving import serving, sqlite
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
 

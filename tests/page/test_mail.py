@@ -17,9 +17,10 @@ from sqlalchemy import select
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab import Store
 from paperworks.page import mail as module
+from paperworks.page.load import free_port
 from paperworks.page.mail import Mail, Outbox, Sent, address, keep_sending, letter, send_pending
 from paperworks.page.tables import MailRow
-from tests.page.mailserver import MailServer, free_port
+from tests.page.mailserver import MailServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
 HELLO = Mail("Hello", "Hello.", "<p>Hello.</p>")

@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
@@ -77,10 +79,10 @@ def load_bench(
         PaperworksError: The server does not start.
     """
     recorded = []
-    with served(store_url, processes) as url:
+    with served(store_url, processes=processes) as server:
         for kind, paths in (("list", _lists()), ("search", _searches())):
-            read(url, paths, readers=readers, seconds=2, pause=pause)
-            told = read(url, paths, readers=readers, seconds=seconds, pause=pause)
+            read(server.url, paths, readers=readers, seconds=2, pause=pause)
+            told = read(server.url, paths, readers=readers, seconds=seconds, pause=pause)
             recorded += [
                 Measurement("requests", told["requests"] / told["seconds"], "1/s", "higher", kind),
                 Measurement("median", told["median"], "ms", "lower", kind),
@@ -130,37 +132,64 @@ def read(url: str, paths: Sequence[str], *, readers: int, seconds: float, pause:
     return told
 
 
+@dataclass(frozen=True)
+class Server:
+    """A page served by processes of its own, and its store."""
+
+    url: str
+    store_url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End all its processes at once, as a power cut would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
 @contextmanager
-def served(store_url: str, processes: int) -> Iterator[str]:
-    """The address of a server over the store, until the block ends.
+def served(store_url: str, **settings: Any) -> Iterator[Server]:
+    """A server over a store; it answers from the beginning of the block to its end.
+
+    Args:
+        store_url: Where the papers are.
+        settings: As for `paperworks.page.app.serve`.
 
     Raises:
         PaperworksError: It does not start.
     """
+    port = free_port()
+    told = json.dumps({"store_url": store_url, "port": port, **settings})
+    code = "import json, sys; from paperworks.page.app import serve; serve(**json.loads(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", code, told], start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", store_url, process)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"store_url": store_url, "port": port, "processes": processes}
-    code = "import json, sys; from paperworks.page.app import serve; serve(**json.loads(sys.argv[1]))"
-    server = subprocess.Popen([sys.executable, "-c", code, json.dumps(settings)], start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, server)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+        return int(probe.getsockname()[1])
 
 
-def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
+def _wait(server: Server) -> None:
     deadline = time.monotonic() + 120
-    while server.poll() is None and time.monotonic() < deadline:
+    while server.process.poll() is None and time.monotonic() < deadline:
         try:
-            with urlopen(f"{url}/healthz"):
+            with urlopen(f"{server.url}/healthz"):
                 return
         except (URLError, ConnectionError):
-            time.sleep(0.2)
-    raise PaperworksError(f"the server at {url} did not start")
+            time.sleep(0.1)
+    raise PaperworksError(f"the server at {server.url} did not start")
 
 
 def _lists() -> list[str]:
