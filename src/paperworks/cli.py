@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -389,7 +391,7 @@ def inspect_model(
     from paperworks.lab.inspection import batches, inspect, load_network
 
     network = load_network(model, weights=weights)
-    found = inspect(network, batches(data, batch_size)[0], layer=layer)
+    found = inspect(network, batches(data, batch_size), layer=layer)
     figure.mkdir(parents=True, exist_ok=True)
     paths = {name: figure / f"{name}.png" for name in found.figures}
     for name, path in paths.items():
@@ -559,22 +561,13 @@ def ingest_cards(
 
 def _ingest(read: Callable[..., Any], store: str | None, words: bool, as_json: bool) -> None:
     """Read a source into the index, embed what is new, and say what came."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from paperworks.lab.store import Store
     from paperworks.page.index import Index
 
-    shown = sys.stderr.isatty() and not as_json
-    with Store(store) as opened, Progress(console=Console(stderr=True), disable=not shown) as bars:
+    with Store(store) as opened, _progress(hidden=as_json) as tell:
         index = Index(opened)
-
-        def bar(description: str) -> Callable[[int, int], None]:
-            task = bars.add_task(description, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        came = read(index, opened, bar("reading"))
-        embedded = 0 if words else index.build(bar("embedding"))
+        came = read(index, opened, partial(tell, "reading"))
+        embedded = 0 if words else index.build(partial(tell, "embedding"))
         held = index.search("", limit=1).total
     told = {"read": came.read, "new": came.new, "updated": came.updated, "embedded": embedded, "held": held}
     if as_json:
@@ -618,22 +611,32 @@ def bench(
 
 
 def _bench_page(root: Path) -> int:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
     from paperworks.page.bench import page_bench
 
-    tasks: dict[str, TaskID] = {}
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
+    with _progress() as tell:
         page_bench(root, progress=tell)
     print(f"record: {root / 'benchmarks' / 'page.json'}")
     return 0
+
+
+@contextmanager
+def _progress(*, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on a terminal's error stream: told what is being done, how much is done and of how much."""
+    from paperworks.lab.run import Bar, Bars, Display
+
+    display = Display() if sys.stderr.isatty() and not hidden else None
+    bars: dict[str, Bar] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        bars[what] = Bar(list(bars).index(what) if what in bars else len(bars), what, done, total)
+        if display:
+            display.show(Bars(tuple(bars.values())))
+
+    try:
+        yield tell
+    finally:
+        if display:
+            display.close()
 
 
 def serve(

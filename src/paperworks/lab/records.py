@@ -98,7 +98,7 @@ def write_record(run: Run, root: Path) -> Path:
     benchmarks = root / "benchmarks"
     path = benchmarks / "records" / f"{run.paper}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_record(run), indent=1) + "\n", encoding="utf-8")
+    write_json(run, path)
     figures = benchmarks / "figures"
     for name, artefact in run.artefacts.items():
         if artefact.suffix == ".png":
@@ -107,6 +107,11 @@ def write_record(run: Run, root: Path) -> Path:
     load_records.cache_clear()
     write_tables(root)
     return path
+
+
+def write_json(run: Run, path: Path) -> None:
+    """Write the record of a run."""
+    path.write_text(json.dumps(as_record(run), indent=1) + "\n", encoding="utf-8")
 
 
 def write_tables(root: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from paperworks.lab.environment import environment
-from paperworks.lab.records import as_record, interval, machine
+from paperworks.lab.records import interval, machine, write_json
 from paperworks.lab.run import Measurement, Run
 from paperworks.lab.search import chosen_embedder, words_of
 from paperworks.lab.store import Store
@@ -122,7 +121,7 @@ def page_bench(root: Path, *, progress: Progress | None = None) -> Run:
     run.environment.update(environment())
     run.status, run.finished = "finished", datetime.now(UTC)
     benchmarks = root / "benchmarks"
-    (benchmarks / "page.json").write_text(json.dumps(as_record(run), indent=1) + "\n", encoding="utf-8")
+    write_json(run, benchmarks / "page.json")
     rows = [f"| {m.name} | {m.series or ''} | {interval(m)} |" for m in run.measurements]
     table = "\n".join(["| figure | of | measured |", "| --- | --- | --- |", *rows])
     text = f"# The page\n\n{table}\n\n{machine(run.environment)}\n"
