@@ -133,10 +133,10 @@ def _transformers(model: str) -> nn.Module:
     return Logits()
 
 
-def batches(data: str, batch_size: int = 256) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """A data set's inputs as the hub has them, in float32, and labels, batch by batch; and how many classes there are.
+def batches(data: str, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
+    """A data set's inputs as the hub has them, in float32, and labels, batch by batch.
 
-    Images are (batch, 1, height, width) with values from 0 to 1. There are 0 classes where targets are numbers.
+    Images are (batch, 1, height, width) with values from 0 to 1.
 
     Raises:
         UsageError: The data is neither a table nor images.
@@ -149,13 +149,13 @@ def batches(data: str, batch_size: int = 256) -> tuple[list[tuple[Tensor, Tensor
     if isinstance(found, ImageData):
         images = torch.tensor(found.images)
         X = images[:, None].float() / (1 if images.is_floating_point() else 255)
-        y, classes = torch.tensor(found.labels).long(), int(max(found.labels)) + 1
+        y = torch.tensor(found.labels).long()
     elif isinstance(found, TableData):
-        X, y, classes = torch.tensor(found.X).float(), torch.tensor(found.y), len(found.classes)
+        X, y = torch.tensor(found.X).float(), torch.tensor(found.y)
     else:
         raise UsageError(f"{data} is neither a table nor images: a network is shown inputs with labels")
-    cuts = range(batch_size, len(X), batch_size)
-    return list(zip(X.tensor_split([*cuts]), y.tensor_split([*cuts]), strict=True)), classes
+    cuts = list(range(batch_size, len(X), batch_size))
+    return list(zip(X.tensor_split(cuts), y.tensor_split(cuts), strict=True))
 
 
 def inspect(model: nn.Module, loader: Iterable[Any], *, layer: str | None = None) -> Inspection:
@@ -232,17 +232,9 @@ def _geometry(distance: float, name: str) -> str:
 
 
 def _vae(model: nn.Module, loader: Iterable[Any]) -> Inspection:
-    import torch
-
     from paperworks.representation import PosteriorCollapse, VariableActivity
 
-    first = next(iter(loader), None)
-    if first is None:
-        raise UsageError("the data is empty: show the model some samples")
-    inputs = first[0] if isinstance(first, tuple | list) else first
     try:
-        with torch.inference_mode():
-            means, _ = model.encode(inputs)  # type: ignore[operator]
         report = PosteriorCollapse.from_encoder(model.encode, loader).compute()  # type: ignore[arg-type]
         activity = VariableActivity.from_encoder(model.encode, loader).compute()  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -250,7 +242,7 @@ def _vae(model: nn.Module, loader: Iterable[Any]) -> Inspection:
             f"`encode` cannot be looked at ({str(error).splitlines()[0]}): it takes a batch, and gives means and "
             "log-variances, each (batch, d)"
         ) from error
-    dims = means.shape[1]
+    dims = len(report.kl)
     return Inspection(
         "VAE", "encode", report.samples,
         (

@@ -37,10 +37,7 @@ def layer_features(
         >>> features.shape, labels.shape
         (torch.Size([4, 2]), torch.Size([4]))
     """
-    named = dict(model.named_modules())
-    if layer not in named:
-        near = get_close_matches(layer, named, n=3, cutoff=0.3) or [name for name in named if name][:5]
-        raise ValueError(f"the model has no layer {layer!r}: it has {', '.join(near)} and others by `named_modules()`")
+    module = named_layer(model, layer)
     seen: list[Any] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -48,7 +45,7 @@ def layer_features(
 
     training = model.training
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    handle = named[layer].register_forward_hook(hook)
+    handle = module.register_forward_hook(hook)
     model.eval()
     try:
         for batch in loader:
@@ -66,3 +63,16 @@ def layer_features(
     finally:
         handle.remove()
         model.train(training)
+
+
+def named_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of a model that `model.named_modules()` calls so.
+
+    Raises:
+        ValueError: The model has no layer of this name.
+    """
+    named = dict(model.named_modules())
+    if name not in named:
+        near = get_close_matches(name, named, n=3, cutoff=0.3) or [known for known in named if known][:5]
+        raise ValueError(f"the model has no layer {name!r}: it has {', '.join(near)} and others by `named_modules()`")
+    return named[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from paperworks.representation.features import layer_features
+from paperworks.representation.features import layer_features, named_layer
 from paperworks.representation.unconstrained_features import FrameGeometry
 
 # Of the largest singular value: the scatter of K class means has rank K - 1, and the rest is rounding.
@@ -91,26 +91,24 @@ class NeuralCollapse(Metric):
         self.add_state("again", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @classmethod
-    def from_model(cls, model: nn.Module, loader: Iterable[Any], layer: str, *, num_classes: int | None = None) -> Self:
+    def from_model(cls, model: nn.Module, loader: Iterable[Any], layer: str) -> Self:
         """The metric after two passes of a loader through a model whose classifier is the linear layer `layer`.
 
         Args:
             model: Takes a batch's first element.
             loader: Batches (inputs, labels), which can be gone through twice.
             layer: Name of the classifier, an `nn.Linear`; its input is what is measured.
-            num_classes: Classes; the layer's outputs by default.
 
         Raises:
             ValueError: No such layer, or batches without labels.
             TypeError: The layer is not linear.
         """
-        head = dict(model.named_modules()).get(layer)
-        if head is not None and not isinstance(head, nn.Linear):
+        head = named_layer(model, layer)
+        if not isinstance(head, nn.Linear):
             raise TypeError(
                 f"layer {layer!r} is a {type(head).__name__}: name the linear layer that scores the classes"
             )
-        weight, bias = (None, None) if head is None else (head.weight, head.bias)
-        metric = cls(num_classes or (0 if head is None else head.out_features) or 2, weight=weight, bias=bias)
+        metric = cls(head.out_features, weight=head.weight, bias=head.bias)
         for second in (False, True):
             for features, labels in layer_features(model, loader, layer, side="input"):
                 if labels is None:
@@ -175,25 +173,20 @@ class NeuralCollapse(Metric):
         centred = means - means.mean(0)
         identity = torch.eye(self.num_classes, dtype=means.dtype, device=means.device)
         simplex = identity - 1 / self.num_classes
+        w = self.weight
+        rows, even = (means, centred) if w is None else (w, w - w.mean(0))
         found = {
             "nc1": (within @ torch.linalg.pinv(between, rtol=_RANK, hermitian=True)).trace() / self.num_classes,
             "nc1_trace_ratio": within.trace() / between.trace(),
             "nc2_means_etf": _apart(centred @ centred.T, simplex),
             "nc2_means_of": _apart(means @ means.T, identity),
-            "nc2_etf": _apart(centred @ centred.T, simplex), "nc2_of": _apart(means @ means.T, identity),
-            "nc3": nan, "nc3_etf": nan, "nc3_of": nan,
+            "nc2_etf": _apart(even @ even.T, simplex),
+            "nc2_of": _apart(rows @ rows.T, identity),
+            "nc3": nan if w is None else torch.minimum(_apart(w, centred), _apart(w, means)),
+            "nc3_etf": nan if w is None else _apart(w @ centred.T, simplex),
+            "nc3_of": nan if w is None else _apart(w @ means.T, identity),
             "nc4": self.apart / self.again if self.again else nan,
-        }  # fmt: skip
-        if self.weight is not None:
-            w = self.weight
-            even = w - w.mean(0)
-            found |= {
-                "nc2_etf": _apart(even @ even.T, simplex),
-                "nc2_of": _apart(w @ w.T, identity),
-                "nc3": _apart(w, centred if _apart(w, centred) < _apart(w, means) else means),
-                "nc3_etf": _apart(w @ centred.T, simplex),
-                "nc3_of": _apart(w @ means.T, identity),
-            }
+        }
         return found
 
     def against(self, geometry: FrameGeometry) -> dict[str, Tensor]:
