@@ -129,6 +129,19 @@ def test_without_votes_and_runs_the_newest_come_first(store):
     assert trending(store, "day", 1, 10)[0].score == 0
 
 
+def test_of_equals_what_runs_here_comes_first(store):
+    statuses = ["planned", "measured", None, "runs", "measured", "planned"]
+    entries = [
+        paper(number, 100.0 + number, slug=SLUGS[number], status=status) for number, status in enumerate(statuses)
+    ]
+    fill(store, [*entries, paper(6, 0.1)], {}, {})
+    expected = [6, 1, 3, 4, 0, 2, 5]
+    assert [trend.entry.title for trend in trending(store, "day", 7)] == [f"Paper {number}" for number in expected]
+    assert [trending(store, "day", 1, place)[0].entry.title for place in range(7)] == [
+        f"Paper {number}" for number in expected
+    ]
+
+
 def test_an_empty_index_has_no_trends(store):
     assert trending(store) == []
 

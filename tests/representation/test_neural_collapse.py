@@ -162,23 +162,6 @@ def test_5_nc1_equals_its_definition_with_numpys_pseudo_inverse():
     assert computed(features, labels)["nc1"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_5_states_of_two_processes_add_up():
-    features, labels, weight = noisy()
-    whole = NeuralCollapse(4, weight=weight)
-    whole.update(features, labels)
-    halves = [NeuralCollapse(4, weight=weight) for _ in range(2)]
-    for half, part in zip(halves, torch.arange(len(labels)).tensor_split(2), strict=True):
-        half.update(features[part], labels[part])
-    # What torchmetrics does after it has gathered the states of all processes.
-    for name, reduce in whole._reductions.items():
-        setattr(halves[0], name, reduce(torch.stack([getattr(half, name) for half in halves])))
-    both, once = halves[0].compute(), whole.compute()
-    assert all(torch.allclose(both[name], once[name], atol=1e-9, equal_nan=True) for name in once)
-    whole.reset()
-    with pytest.raises(ValueError, match="no sample of class 0, 1, 2, 3"):
-        whole.compute()
-
-
 @pytest.mark.parametrize("lam", [0.002, 0.01])
 def test_6_majority_has_longer_rows_and_shorter_features(lam):
     geometry = frame_geometry([80, 40, 20, 10], lam_w=lam, lam_h=lam)
@@ -206,6 +189,25 @@ def test_streams_a_loader_through_a_named_layer():
         NeuralCollapse.from_model(model, batches, "fc")
     with pytest.raises(ValueError, match=r"\(inputs, labels\)"):
         NeuralCollapse.from_model(model, [features.float()], "2")
+
+
+def test_each_layer_is_measured_in_one_pass():
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+    x, labels = torch.randn(40, 6, dtype=torch.float64, generator=generator), torch.arange(4).repeat(10)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    batches = [(x[:25], labels[:25]), (x[25:], labels[25:])]
+    found = NeuralCollapse.by_layer(net, batches, ["0", "2"], 4)
+    assert len(calls) == 2
+    with torch.no_grad():
+        for layer, features in (("0", net[0](x)), ("2", net(x))):
+            alone = computed(features, labels)
+            assert float(found[layer].compute()["nc1"]) == pytest.approx(alone["nc1"], abs=1e-9)
+    with pytest.raises(ValueError, match="no layer 'head'"):
+        NeuralCollapse.by_layer(net, batches, ["0", "head"], 4)
+    with pytest.raises(ValueError, match="inputs, labels"):
+        NeuralCollapse.by_layer(net, [x], ["0"], 4)
 
 
 def test_bad_input_is_one_clear_sentence():

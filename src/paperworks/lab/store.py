@@ -422,6 +422,8 @@ def _prepare_sqlite(connection: Any, record: object) -> None:
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.execute("PRAGMA foreign_keys=ON")
+    # Connections read the system's copy of a page and need none of their own.
+    cursor.execute(f"PRAGMA mmap_size={2**30}")
     cursor.close()
 
 

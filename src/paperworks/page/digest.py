@@ -12,7 +12,7 @@ from sqlalchemy import func, or_, select, update
 
 from paperworks.lab.search import words_of
 from paperworks.lab.store import Store
-from paperworks.page.index import ENTRY_COLUMNS, Entry, read_entries
+from paperworks.page.index import Entry, entries_of
 from paperworks.page.mail import Mail, Outbox, written
 from paperworks.page.subscriptions import FREQUENCIES, Subscription, of_row
 from paperworks.page.tables import EntryLabelRow, EntryRow, SubscriptionRow
@@ -150,7 +150,7 @@ def new_papers(store: Store, subscription: Subscription, until: float) -> tuple[
             total = session.scalar(select(func.count()).select_from(EntryRow).where(*where)) or 0
             order = (EntryRow.upvotes.desc(), EntryRow.published.desc(), EntryRow.id.desc())
             ids = list(session.scalars(select(EntryRow.id).where(*where).order_by(*order).limit(_SHOWN)))
-        entries = dict(read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.id.in_(ids))))
+        entries = entries_of(session, ids)
     return total, [entries[id] for id in ids if id in entries]
 
 

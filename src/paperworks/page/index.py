@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import delete, func, insert, or_, select, update
+from sqlalchemy import bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
@@ -276,13 +276,13 @@ class Index:
             pending = list(session.scalars(lacking.order_by(EntryRow.id)))
         for start in range(0, len(pending), _EMBEDDED_AT_ONCE):
             progress(start, len(pending))
-            of_batch = select(*ENTRY_COLUMNS).where(EntryRow.id.in_(pending[start : start + _EMBEDDED_AT_ONCE]))
+            batch = pending[start : start + _EMBEDDED_AT_ONCE]
             with self._store.reading() as session:
-                entries = dict(read_entries(session, of_batch))
+                entries = entries_of(session, batch)
             vectors = self._vectors_of_papers(list(entries.values()))
             with self._store.writing(alone=True) as session:
                 # What was told anew meanwhile stays pending.
-                now = dict(read_entries(session, of_batch))
+                now = entries_of(session, batch)
                 same = [id in now and _text(now[id]) == _text(entry) for id, entry in entries.items()]
                 self._vectors.keep(session, [id for id, kept in zip(entries, same, strict=True) if kept], vectors[same])
         progress(len(pending), len(pending))
@@ -338,7 +338,7 @@ class Index:
                 expression = self._words.expression(words, every=False)
                 near = ranked(session, self._words, expression, (), limit + 1)
             near = [other for other in near if other != id][:limit]
-            entries = dict(read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.id.in_(near))))
+            entries = entries_of(session, near)
         return [entries[other] for other in near]
 
     def search(
@@ -396,19 +396,21 @@ class Index:
                 total += len(others)
             score = fused([by_words, by_meaning])
             best = sorted(score, key=lambda id: (-score[id], id))[offset : offset + limit]
-            entries = dict(read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.id.in_(best))))
+            entries = entries_of(session, best)
             marks = marked(session, self._words, expression, best) if expression else {}
         return Results(total, [_hit(entries[id], score[id], marks.get(id)) for id in best if id in entries])
 
     def _by_words(self, session: Session, query: str, where: Where, limit: int) -> tuple[str, list[int], int]:
         """What was asked of the words, the best that match, and how many do."""
         words = list(dict.fromkeys(words_of(query)))
-        expression, total = "", 0
+        expression, found = "", list[int]()
         for every in (True, False):
-            if words and (every or (total < _ENOUGH and len(words) > 1)):
+            if words and (every or (len(found) < _ENOUGH and len(words) > 1)):
                 expression = self._words.expression(words, every=every)
-                total = count(session, self._words, expression, where)
-        return expression, ranked(session, self._words, expression, where, limit) if total else [], total
+                found = ranked(session, self._words, expression, where, limit)
+        # Fewer than were asked for are all there are.
+        total = len(found) if len(found) < limit else count(session, self._words, expression, where)
+        return expression, found, total
 
     def _by_meaning(self, session: Session, vector: NDArray[np.float32], where: Where) -> list[int]:
         assert self._vectors is not None
@@ -427,6 +429,15 @@ _FIELDS = tuple(field.name for field in fields(Entry))
 _STORED = (*_FIELDS, "name", "about")
 _EMBEDDED = ("title", "abstract", "room", "slug")
 ENTRY_COLUMNS = (EntryRow.id, *(getattr(EntryRow, name) for name in _FIELDS))
+
+
+# Made once: to build a query takes longer than to run this one.
+_OF_IDS = select(*ENTRY_COLUMNS).where(EntryRow.id.in_(bindparam("ids", expanding=True)))
+
+
+def entries_of(session: Session, ids: Sequence[int]) -> dict[int, Entry]:
+    """The papers of these rows that there are, in no order."""
+    return {row.id: _entry(row) for row in session.execute(_OF_IDS, {"ids": ids})}
 
 
 def read_entries(session: Session, query: Any) -> list[tuple[int, Entry]]:

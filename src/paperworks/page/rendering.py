@@ -205,6 +205,7 @@ def paper_path(entry: Entry) -> str:
     return f"/papers/{entry.slug or quote(entry.key)}"
 
 
+@lru_cache(maxsize=4096, typed=True)
 def with_query(path: str, **values: object) -> str:
     """An address with those values that say something.
 

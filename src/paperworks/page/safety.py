@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from itsdangerous import BadSignature, URLSafeSerializer
 from starlette.datastructures import Headers, MutableHeaders
@@ -82,7 +83,12 @@ def may_run(request: Request) -> Any:
     return reader(request) if request.app.state.allow_runs else signed_in(request)
 
 
-Reader = Annotated[Any, Depends(reader)]
+async def _reading(request: Request) -> Any:
+    """As `reader`, which takes a thread only where there is something to look up."""
+    return await run_in_threadpool(reader, request) if session_token(request) else None
+
+
+Reader = Annotated[Any, Depends(_reading)]
 SignedIn = Annotated[Any, Depends(signed_in)]
 MayRun = Annotated[Any, Depends(may_run)]
 

@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import select, union
+from sqlalchemy import case, select, union
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import RunRow, Store
-from paperworks.page.index import ENTRY_COLUMNS, Entry, read_entries
+from paperworks.page.index import Entry, entries_of
 from paperworks.page.tables import EntryRow, VoteRow
 
 PERIODS = {"day": 1, "week": 7, "month": 30}
 FORMULA = (
     "The score of a paper is V + log₂(1 + R) + (1 + log₂(1 + U)) · N. V adds up its votes and R its finished runs of "
     "the last day, week or month; U is its votes on Hugging Face; N is how new it is. A vote, a run and the paper itself "
-    "count 1 when they are fresh, half as much after each half of the period, 2^(−2 · age / period), and nothing after it."
+    "count 1 when they are fresh, half as much after each half of the period, 2^(−2 · age / period), and nothing after it. "
+    "Of equals what runs here comes first, then the newer."
 )
 _DAY = 86400.0
 Floats = NDArray[np.float64]
@@ -44,7 +45,7 @@ class Trend:
 
 
 def trending(store: Store, period: str = "week", limit: int = 20, offset: int = 0) -> list[Trend]:
-    """Papers by their score of the last day, week or month (`FORMULA`), highest first; of equals the newer first.
+    """Papers by their score of the last day, week or month (`FORMULA`), highest first; of equals what runs here first, then the newer.
 
     Args:
         store: The lab's store.
@@ -66,28 +67,28 @@ def trending(store: Store, period: str = "week", limit: int = 20, offset: int = 
         .join(RunRow, RunRow.paper == EntryRow.slug)
         .where(RunRow.status == "finished", RunRow.finished > now - length)
     )
-    columns = select(EntryRow.id, EntryRow.published, EntryRow.upvotes)
+    runs_here = EntryRow.slug.is_not(None) & EntryRow.status.in_(("runs", "measured"))
+    columns = select(EntryRow.id, EntryRow.published, EntryRow.upvotes, case((runs_here, 1), else_=0))
     newest = columns.order_by(EntryRow.published.desc(), EntryRow.id.desc()).limit(offset + limit)
     # The rest score nothing, and are older than as many of these as are asked for. A union, for each part has its index.
     parts = union(
         columns.where(EntryRow.published > now - length),
         columns.where(EntryRow.id.in_(newest.with_only_columns(EntryRow.id))),
+        columns.where(EntryRow.id.in_(newest.where(runs_here).with_only_columns(EntryRow.id))),
         columns.where(EntryRow.id.in_(voted.with_only_columns(VoteRow.entry_id))),
         columns.where(EntryRow.id.in_(ran.with_only_columns(EntryRow.id))),
     )
     candidates = parts.order_by("id")
     with store.reading() as session:
-        ids, published, upvotes = _columns(session, candidates, 3)
+        ids, published, upvotes, here = _columns(session, candidates, 4)
         if not ids.size:
             return []
         freshness, votes = _added_up(session, voted, ids, now, length)
         ran_freshly, runs = _added_up(session, ran, ids, now, length)
         newness = _fresh(now - published, length)
         scores = freshness + np.log2(1 + ran_freshly) + (1 + np.log2(1 + upvotes)) * newness
-        best = np.lexsort((-ids, -published, -scores))[offset : offset + limit]
-        entries = dict(
-            read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.id.in_(ids[best].astype(int).tolist())))
-        )
+        best = np.lexsort((-ids, -published, -here, -scores))[offset : offset + limit]
+        entries = entries_of(session, ids[best].astype(int).tolist())
     return [
         Trend(entries[id], score, count, run)
         for id, score, count, run in zip(*(column[best].tolist() for column in (ids, scores, votes, runs)), strict=True)

@@ -11,8 +11,14 @@ from paperworks.representation.cauchy_schwarz_bottleneck import (
     CauchySchwarzBottleneck,
     CauchySchwarzBottleneckRegressor,
 )
-from paperworks.representation.features import layer_features
-from paperworks.representation.near_collapse import NearCollapse, central_path, near_collapse, orthogonal_collapse
+from paperworks.representation.features import layer_features, layers_features
+from paperworks.representation.near_collapse import (
+    NearCollapse,
+    central_path,
+    implied_beta,
+    near_collapse,
+    orthogonal_collapse,
+)
 from paperworks.representation.neural_collapse import NeuralCollapse
 from paperworks.representation.posterior_collapse import (
     LinearCVAE,
@@ -82,7 +88,9 @@ __all__ = [
     "exact_wasserstein_dependency",
     "frame_geometry",
     "informativeness",
+    "implied_beta",
     "layer_features",
+    "layers_features",
     "linear_cvae_solution",
     "linear_hvae_solution",
     "linear_vae_solution",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -10,26 +10,10 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.inference_mode()
 def layer_features(
     model: nn.Module, loader: Iterable[Any], layer: str, *, side: Literal["input", "output"] = "output"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Features at a layer and labels, for each batch of a loader, in constant memory.
-
-    The model is evaluated as it would be used (`eval` mode, no gradients) and left in the mode it was in.
-
-    Args:
-        model: Any module that takes a batch's first element.
-        loader: Batches, (inputs, labels) or inputs alone.
-        layer: Name of the layer, as `model.named_modules()` gives it.
-        side: What goes into the layer, such as the features that a classifier reads, or what comes out.
-
-    Yields:
-        Features (batch, d), further axes flattened, and labels (batch,), None where the batch has none.
-
-    Raises:
-        ValueError: The model has no layer of this name, or the layer did not run.
-        TypeError: The layer's input or output is not a tensor.
+    """Features at a layer and labels, for each batch of a loader: `layers_features` of one layer.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
@@ -37,31 +21,60 @@ def layer_features(
         >>> features.shape, labels.shape
         (torch.Size([4, 2]), torch.Size([4]))
     """
-    module = named_layer(model, layer)
-    seen: list[Any] = []
+    for (features,), labels in layers_features(model, loader, [layer], side=side):
+        yield features, labels
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(args[0] if side == "input" else output)
+
+@torch.inference_mode()
+def layers_features(
+    model: nn.Module, loader: Iterable[Any], layers: Sequence[str], *, side: Literal["input", "output"] = "output"
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Features at layers and labels, for each batch of a loader, in constant memory and one pass.
+
+    The model is evaluated as it would be used (`eval` mode, no gradients) and left in the mode it was in.
+
+    Args:
+        model: Any module that takes a batch's first element.
+        loader: Batches, (inputs, labels) or inputs alone.
+        layers: Names of the layers, as `model.named_modules()` gives them.
+        side: What goes into a layer, such as the features that a classifier reads, or what comes out.
+
+    Yields:
+        Features of each layer (batch, d), further axes flattened, and labels (batch,), None where the batch has none.
+
+    Raises:
+        ValueError: The model has no layer of such a name, or a layer did not run.
+        TypeError: A layer's input or output is not a tensor.
+    """
+    modules = {layer: named_layer(model, layer) for layer in layers}
+    seen: dict[str, Any] = {}
+
+    def keeping(layer: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen[layer] = args[0] if side == "input" else output
+
+        return hook
 
     training = model.training
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    handle = module.register_forward_hook(hook)
+    handles = [module.register_forward_hook(keeping(layer)) for layer, module in modules.items()]
     model.eval()
     try:
         for batch in loader:
             inputs, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-            model(inputs.to(device))
-            if not seen:
-                raise ValueError(f"layer {layer!r} did not run when the model was called: choose one that does")
-            value = seen[-1]
             seen.clear()
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"the {side} of layer {layer!r} is a {type(value).__name__}, not a tensor: choose another"
-                )
-            yield value.flatten(1), None if labels is None else labels.to(device)
+            model(inputs.to(device))
+            for layer in layers:
+                if layer not in seen:
+                    raise ValueError(f"layer {layer!r} did not run when the model was called: choose one that does")
+                if not isinstance(seen[layer], Tensor):
+                    raise TypeError(
+                        f"the {side} of layer {layer!r} is a {type(seen[layer]).__name__}, not a tensor: choose another"
+                    )
+            yield [seen[layer].flatten(1) for layer in layers], None if labels is None else labels.to(device)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.train(training)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from paperworks.representation.features import layer_features, named_layer
+from paperworks.representation.features import layer_features, layers_features, named_layer
 from paperworks.representation.unconstrained_features import FrameGeometry
 
 # Of the largest singular value: the scatter of K class means has rank K - 1, and the rest is rounding.
@@ -116,6 +116,35 @@ class NeuralCollapse(Metric):
                 metric = metric.to(features.device)
                 metric.agree(features) if second else metric.update(features, labels)
         return metric
+
+    @classmethod
+    def by_layer(
+        cls, model: nn.Module, loader: Iterable[Any], layers: Sequence[str], num_classes: int
+    ) -> dict[str, Self]:
+        """A metric of what comes out of each layer, by its name, in one pass: where in a network collapse sets in.
+
+        Args:
+            model: Takes a batch's first element.
+            loader: Batches (inputs, labels).
+            layers: Names of the layers, as `model.named_modules()` gives them.
+            num_classes: Classes.
+
+        Raises:
+            ValueError: No such layer, or batches without labels.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+            >>> batch = torch.randn(10, 4), torch.arange(2).repeat(5)
+            >>> list(NeuralCollapse.by_layer(model, [batch], ["0", "1"], 2)["1"].compute())[:2]
+            ['nc1', 'nc1_trace_ratio']
+        """
+        metrics = {layer: cls(num_classes) for layer in layers}
+        for outputs, labels in layers_features(model, loader, layers):
+            if labels is None:
+                raise ValueError("collapse is told between classes: give batches of (inputs, labels)")
+            for metric, features in zip(metrics.values(), outputs, strict=True):
+                metric.to(features.device).update(features, labels)
+        return metrics
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Take in a batch.

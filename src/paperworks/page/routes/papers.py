@@ -40,7 +40,8 @@ Year = Annotated[Annotated[int, Field(ge=1900, le=2100)] | None, _Blank]
 Words = Annotated[str, Query(max_length=300)]
 
 
-def _filters(
+# Asynchronous, for to fetch a thread for it would take longer.
+async def _filters(
     room: Room = None, tag: Words = "", year: Year = None, status: Status = None, runs_here: bool = False
 ) -> dict[str, Any]:
     return {"room": room, "tag": tag.strip() or None, "year": year, "status": status, "runs_here": runs_here}

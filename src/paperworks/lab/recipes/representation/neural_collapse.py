@@ -18,10 +18,12 @@ LENGTHS = "largest error of a row's length"
 
 
 class Trained(NamedTuple):
-    """A network's collapse at the end, its classifier, and at some steps: which, training errors and NC1."""
+    """A network's collapse at the end, its classifier, the share of the rarest class's samples that it
+    recognises, and at some steps: which, training errors and NC1."""
 
     metric: NeuralCollapse
     weight: Tensor
+    recall: float
     path: list[tuple[int, int, float]]
 
     @property
@@ -101,6 +103,7 @@ def neural_collapse(
         squared.append(float(one.weight[-1].square().sum()))
         logit = float(one.metric.class_means[-1] @ one.weight[-1].double())
         run.record("rarest digit's own logit", logit, better="higher", series=f"{share:g} of the threshold")
+        run.record("rarest digit's recall", one.recall, better="higher", series=f"{share:g} of the threshold")
     slope, offset = np.polyfit(shares[:-1], squared[:-1], 1)
     run.record("threshold found / predicted", float(-offset / slope), better="lower", series="network")
     run.record("squared row of the rarest digit", squared[-1], better="lower", series="1.2 of the threshold")
@@ -144,7 +147,9 @@ def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int) 
             path.append((step + 1, wrong, float(metric.compute()["nc1"])))
 
     descend(list(model.parameters()), objective, steps, watch)
-    return Trained(NeuralCollapse.from_model(model, [(x, y)], "1"), head.weight.detach(), path)
+    with torch.no_grad():
+        recall = float((model(x[y == len(counts) - 1]).argmax(1) == len(counts) - 1).float().mean())
+    return Trained(NeuralCollapse.from_model(model, [(x, y)], "1"), head.weight.detach(), recall, path)
 
 
 def row_error(rows: Tensor, frame: FrameGeometry) -> float:
