@@ -509,11 +509,11 @@ def test_a_filter_is_applied_to_what_matches(tmp_path):
     """Begun with the filter, SQLite would search the words once for each paper that passes it."""
     from sqlalchemy import text
 
-    from paperworks.page.words import Fts5, _matching
+    from paperworks.page.words import Fts5, _inside, _queries
 
     with Store(f"sqlite:///{tmp_path}/runs.db") as store:
         Index(store).sync_cards()
-        query = select(Fts5.id).where(*_matching(Fts5(), '"model"', [EntryRow.year == 2024]))
+        query = _queries(Fts5()).ranked.where(*_inside(Fts5(), [EntryRow.year == 2024])).params(sought='"model"')
         with store.reading() as session:
             told = query.compile(session.bind, compile_kwargs={"literal_binds": True})
             plan = [row[3] for row in session.execute(text(f"EXPLAIN QUERY PLAN {told}"))]

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from html import escape
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from sqlalchemy import ColumnElement, column, func, literal_column, select, table, text
+# So that its functions are known when queries are made.
+import sqlalchemy.dialects.postgresql  # noqa: F401
+from sqlalchemy import ColumnElement, Select, String, bindparam, column, func, literal_column, select, table, text
 from sqlalchemy.orm import Session
 
 from paperworks.page.tables import EntryRow
@@ -20,18 +24,36 @@ from paperworks.page.tables import EntryRow
 _OPEN, _CLOSE = "\x02", "\x03"
 _LESS = "\x04"
 _SNIPPET_WORDS = 40
+# What PostgreSQL is to make of a title, and of an abstract.
+_WHOLE = f'StartSel="{_OPEN}", StopSel="{_CLOSE}", HighlightAll=true'
+_PART = f'StartSel="{_OPEN}", StopSel="{_CLOSE}", MaxWords={_SNIPPET_WORDS}, MinWords=20'
 
 Where = Sequence[ColumnElement[bool]]
+
+# What is sought, in the database's language. A query is made once and run with many expressions: to make it takes longer
+# than to run it.
+_SOUGHT: ColumnElement[str] = bindparam("sought", type_=String)
 
 
 class Words(Protocol):
     """What the index asks of a database's full-text search.
 
-    `id` is the paper's identity; `matched` is the same, for a filter that is applied to what matches.
+    Attributes:
+        id: The paper's identity.
+        matched: The same, for a filter that is applied to what matches.
+        holds: Whether a paper matches what is sought.
+        rank: What to order by, so that the best comes first.
+        marks: Title and a snippet of the abstract, with marks around what matched.
     """
 
-    id: ColumnElement[Any]
-    matched: ColumnElement[Any]
+    id: ClassVar[ColumnElement[Any]]
+    matched: ClassVar[ColumnElement[Any]]
+    holds: ClassVar[ColumnElement[bool]]
+    rank: ClassVar[ColumnElement[Any]]
+    marks: ClassVar[tuple[ColumnElement[Any], ColumnElement[Any]]]
+
+    def __hash__(self) -> int:
+        """The same for all of one kind."""
 
     def prepare(self, session: Session) -> None:
         """Make what is searched, where it is missing."""
@@ -45,25 +67,25 @@ class Words(Protocol):
     def tiers(self, expression: str) -> tuple[str, str]:
         """What finds the papers that match outside their abstract, and what finds the others."""
 
-    def holds(self, expression: str) -> ColumnElement[bool]:
-        """Whether a paper matches."""
 
-    def rank(self, expression: str) -> ColumnElement[Any]:
-        """What to order by, so that the best comes first."""
-
-    def marks(self, expression: str) -> tuple[ColumnElement[str], ColumnElement[str]]:
-        """Title and a snippet of the abstract, with marks around what matched."""
-
-
+@dataclass(frozen=True)
 class Fts5:
     """SQLite's FTS5 with Porter stemming, ranked by BM25.
 
     The text stays in the table of entries; FTS5 holds only the inverted index.
     """
 
-    id: ColumnElement[Any] = table("entry_words", column("rowid")).c.rowid
+    id: ClassVar[ColumnElement[Any]] = table("entry_words", column("rowid")).c.rowid
     # Given the bare column, SQLite would begin with the filter, and search the index once for each paper that passes it.
-    matched: ColumnElement[Any] = literal_column("+entry_words.rowid")
+    matched: ClassVar[ColumnElement[Any]] = literal_column("+entry_words.rowid")
+    _words: ClassVar[ColumnElement[Any]] = literal_column("entry_words")
+    holds: ClassVar[ColumnElement[bool]] = _words.op("MATCH", is_comparison=True)(_SOUGHT)
+    # BM25, where less is better.
+    rank: ClassVar[ColumnElement[Any]] = literal_column("bm25(entry_words, 8, 5, 4, 2)")
+    marks: ClassVar[tuple[ColumnElement[Any], ColumnElement[Any]]] = (
+        func.highlight(_words, 1, _OPEN, _CLOSE),
+        func.snippet(_words, 3, _OPEN, _CLOSE, " … ", _SNIPPET_WORDS),
+    )
 
     def prepare(self, session: Session) -> None:
         """Make the virtual table and the triggers that keep it up to date."""
@@ -97,28 +119,28 @@ class Fts5:
         outside = f"{{name title about}} : ({expression})"
         return outside, f"({expression}) NOT ({outside})"
 
-    def holds(self, expression: str) -> ColumnElement[bool]:
-        """Whether a paper matches."""
-        words: ColumnElement[Any] = literal_column("entry_words")
-        return words.op("MATCH", is_comparison=True)(expression)
 
-    def rank(self, expression: str) -> ColumnElement[Any]:
-        """BM25, where less is better."""
-        return literal_column("bm25(entry_words, 8, 5, 4, 2)")
-
-    def marks(self, expression: str) -> tuple[ColumnElement[str], ColumnElement[str]]:
-        """Title and a snippet of the abstract, with marks around what matched."""
-        words: ColumnElement[Any] = literal_column("entry_words")
-        title = func.highlight(words, 1, _OPEN, _CLOSE)
-        return title, func.snippet(words, 3, _OPEN, _CLOSE, " … ", _SNIPPET_WORDS)
-
-
+@dataclass(frozen=True)
 class TsVector:
     """PostgreSQL's full-text search with its English dictionary, ranked by weight and frequency."""
 
-    id: ColumnElement[Any] = EntryRow.__table__.c.id
-    matched: ColumnElement[Any] = id
-    _words: ColumnElement[Any] = literal_column("entries.words")
+    id: ClassVar[ColumnElement[Any]] = EntryRow.__table__.c.id
+    matched: ClassVar[ColumnElement[Any]] = id
+    _words: ClassVar[ColumnElement[Any]] = literal_column("entries.words")
+    _query: ClassVar[ColumnElement[Any]] = func.to_tsquery("english", _SOUGHT)
+    holds: ClassVar[ColumnElement[bool]] = _words.op("@@", is_comparison=True)(_query)
+    # Weighted frequency of the words, dampened for long texts.
+    rank: ClassVar[ColumnElement[Any]] = func.ts_rank(
+        literal_column("'{0.2, 0.4, 0.6, 1.0}'::float4[]"), _words, _query, 1
+    ).desc()
+
+    # PostgreSQL takes what stands between < and > for a tag and leaves it out.
+    marks: ClassVar[tuple[ColumnElement[Any], ColumnElement[Any]]] = (
+        func.replace(func.ts_headline("english", func.replace(EntryRow.title, "<", _LESS), _query, _WHOLE), _LESS, "<"),
+        func.replace(
+            func.ts_headline("english", func.replace(EntryRow.abstract, "<", _LESS), _query, _PART), _LESS, "<"
+        ),
+    )
 
     def prepare(self, session: Session) -> None:
         """Make the column that PostgreSQL computes, and its index."""
@@ -144,27 +166,6 @@ class TsVector:
         outside = re.sub(r"('\w+')", r"\1:ABC", expression)
         return outside, f"({expression}) & !({outside})"
 
-    def holds(self, expression: str) -> ColumnElement[bool]:
-        """Whether a paper matches."""
-        return self._words.op("@@", is_comparison=True)(func.to_tsquery("english", expression))
-
-    def rank(self, expression: str) -> ColumnElement[Any]:
-        """Weighted frequency of the words, dampened for long texts."""
-        weights: ColumnElement[Any] = literal_column("'{0.2, 0.4, 0.6, 1.0}'::float4[]")
-        return func.ts_rank(weights, self._words, func.to_tsquery("english", expression), 1).desc()
-
-    def marks(self, expression: str) -> tuple[ColumnElement[str], ColumnElement[str]]:
-        """Title and a snippet of the abstract, with marks around what matched."""
-        query = func.to_tsquery("english", expression)
-        marks = f'StartSel="{_OPEN}", StopSel="{_CLOSE}"'
-        options = (f"{marks}, HighlightAll=true", f"{marks}, MaxWords={_SNIPPET_WORDS}, MinWords=20")
-        title, snippet = (
-            # PostgreSQL takes what stands between < and > for a tag and leaves it out.
-            func.replace(func.ts_headline("english", func.replace(source, "<", _LESS), query, option), _LESS, "<")
-            for source, option in zip((EntryRow.title, EntryRow.abstract), options, strict=True)
-        )
-        return title, snippet
-
 
 def ranked(session: Session, words: Words, expression: str, where: Where, limit: int) -> list[int]:
     """Identities of the papers that match, best first.
@@ -175,30 +176,48 @@ def ranked(session: Session, words: Words, expression: str, where: Where, limit:
     best: list[int] = []
     for tier in words.tiers(expression):
         if len(best) < limit:
-            query = select(words.id).where(*_matching(words, tier, where)).order_by(words.rank(tier), words.id)
-            best += session.scalars(query.limit(limit - len(best)))
+            query = _queries(words).ranked.where(*_inside(words, where)).limit(limit - len(best))
+            best += session.scalars(query, {"sought": tier})
     return best
 
 
 def count(session: Session, words: Words, expression: str, where: Where) -> int:
     """How many papers match."""
-    return session.scalar(select(func.count(words.id)).where(*_matching(words, expression, where))) or 0
+    query = _queries(words).counted.where(*_inside(words, where))
+    return session.scalar(query, {"sought": expression}) or 0
 
 
 def among(session: Session, words: Words, expression: str, ids: Sequence[int]) -> set[int]:
     """Those of the papers that match."""
-    return set(session.scalars(select(words.id).where(words.holds(expression), words.id.in_(ids))))
+    return set(session.scalars(_queries(words).among, {"sought": expression, "ids": ids}))
 
 
 def marked(session: Session, words: Words, expression: str, ids: Sequence[int]) -> dict[int, tuple[str, str]]:
     """Title and snippet of those of the papers that match, as HTML with `<mark>` around what matched."""
-    query = select(words.id, *words.marks(expression)).where(words.holds(expression), words.id.in_(ids))
-    return {id: (_html(title), _html(snippet)) for id, title, snippet in session.execute(query)}
+    found = session.execute(_queries(words).marked, {"sought": expression, "ids": ids})
+    return {id: (_html(title), _html(snippet)) for id, title, snippet in found}
 
 
-def _matching(words: Words, expression: str, where: Where) -> Where:
-    inside = [words.matched.in_(select(EntryRow.id).where(*where))] if where else []
-    return [words.holds(expression), *inside]
+class _Queries(NamedTuple):
+    ranked: Select[Any]
+    counted: Select[Any]
+    among: Select[Any]
+    marked: Select[Any]
+
+
+@cache
+def _queries(words: Words) -> _Queries:
+    these = words.id.in_(bindparam("ids", expanding=True))
+    return _Queries(
+        ranked=select(words.id).where(words.holds).order_by(words.rank, words.id),
+        counted=select(func.count(words.id)).where(words.holds),
+        among=select(words.id).where(words.holds, these),
+        marked=select(words.id, *words.marks).where(words.holds, these),
+    )
+
+
+def _inside(words: Words, where: Where) -> Where:
+    return [words.matched.in_(select(EntryRow.id).where(*where))] if where else []
 
 
 def _html(text: str) -> str:

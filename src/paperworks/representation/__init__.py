@@ -15,7 +15,6 @@ from paperworks.representation.features import layer_features, layers_features
 from paperworks.representation.near_collapse import (
     NearCollapse,
     central_path,
-    implied_beta,
     near_collapse,
     orthogonal_collapse,
 )
@@ -88,7 +87,6 @@ __all__ = [
     "exact_wasserstein_dependency",
     "frame_geometry",
     "informativeness",
-    "implied_beta",
     "layer_features",
     "layers_features",
     "linear_cvae_solution",

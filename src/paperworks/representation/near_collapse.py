@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
@@ -113,42 +112,6 @@ def near_collapse(
     return NearCollapse(
         H, W, tuple(losses), variability(H0, Y), variability(H, Y), H0, labels, lam_w, lam_h, beta
     )  # fmt: skip
-
-
-def implied_beta(features: Tensor, labels: Tensor, after: float, *, lam_w: float, lam_h: float) -> float:
-    """The pull beta at which the near-collapse model lowers the variability of features to what a later layer has.
-
-    It says how much the layers between them could change: a large beta little, a small one all.
-
-    Args:
-        features: H0, (N, d), of the earlier layer.
-        labels: Classes 0..K-1, as many samples of each, (N,).
-        after: tr Sigma_W / tr Sigma_B of the later layer.
-        lam_w: Decay of the classifier.
-        lam_h: Decay of the features.
-
-    Returns:
-        beta within 1e-3 and 1e6; infinite where the later layer is not lower, and 1e-3 where it is lower still.
-
-    Raises:
-        ValueError: As `near_collapse`.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> H0, y = torch.randn(12, 7, generator=generator), torch.arange(3).repeat(4)
-        >>> after = near_collapse(H0, y, lam_w=0.3, lam_h=0.2, beta=5.0).variability_after
-        >>> round(implied_beta(H0, y, after, lam_w=0.3, lam_h=0.2), 4)
-        5.0
-    """
-
-    def excess(log_beta: float) -> float:
-        reached = near_collapse(features, labels, lam_w=lam_w, lam_h=lam_h, beta=math.exp(log_beta))
-        return math.log(reached.variability_after / after)
-
-    low, high = math.log(1e-3), math.log(1e6)
-    if excess(high) <= 0:
-        return math.inf
-    return math.exp(low) if excess(low) >= 0 else math.exp(brentq(excess, low, high, xtol=1e-6))
 
 
 def central_path(

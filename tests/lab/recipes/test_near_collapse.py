@@ -14,9 +14,6 @@ def test_near_collapse_measures_factors_layers_and_decay():
         assert figures["largest error of a shrink factor", series].value < 1e-3
     layers = [m for (name, series), m in figures.items() if name == VARIABILITY and series in ("pixels", "layer 1")]
     assert len(layers) == 2 and layers[1].value < layers[0].value
-    # Thirty steps may leave a layer that lowers nothing, and nothing is recorded of the pixels.
-    implied = {series: m.value for (name, series), m in figures.items() if name == "implied beta"}
-    assert 0 < implied["layer 1"] < 1e6 and "pixels" not in implied
     assert {("NC1 at the end", name) for name in ("both", "body x2", "body 0", "head x2", "head 0")} <= set(figures)
     for change in ("x2", "0"):
         moved = figures[f"NC1 moved by decay {change}", "body"]

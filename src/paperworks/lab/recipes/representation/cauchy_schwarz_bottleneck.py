@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     Part = tuple[Tensor, Tensor]
 
 METHOD, PLAIN = "CS bottleneck", "squared error"
-# Weights from where each objective about halves I(x; t) on these tables, a factor of two apart.
-BETAS = {PLAIN: (0.0,), "VIB": (0.05, 0.1, 0.2), "HSIC": (0.3, 0.6, 1.2), METHOD: (0.0, 0.1, 0.2, 0.4)}
+# Weights of the compression to begin the search with: about those that halve I(x; t).
+STARTS = {"VIB": 0.1, "HSIC": 0.3, METHOD: 0.03}
 COLOURS = {PLAIN: "#8a8a8a", "VIB": "#c98b2b", "HSIC": "#7a5c99", METHOD: "#1f6f8b"}
 
 
 class Trained(NamedTuple):
-    """What a network reached: error on the samples it was chosen by, then what was measured on those it never saw."""
+    """What a network reached: I(x; t) over the samples to choose by, then what was measured on those it never saw."""
 
-    validation: float
+    chosen_by: float
     information: float
     error: float
     attacked: float
@@ -33,7 +34,8 @@ class Trained(NamedTuple):
 @recipe(
     "cauchy-schwarz-bottleneck",
     baseline="squared error, alone and with a VIB or HSIC bottleneck",
-    tiny={"samples": 120, "hidden": 16, "bottleneck": 8, "epochs": 3, "seeds": 2, "most_tables": 1},
+    headline="tables with the lowest RMSE",
+    tiny={"samples": 120, "hidden": 16, "bottleneck": 8, "epochs": 3, "trials": 2, "seeds": 2, "most_tables": 1},
     large={"samples": 10_000, "hidden": 128, "bottleneck": 128, "epochs": 200, "rate": 1e-3, "seeds": 10},
 )
 def cauchy_schwarz_bottleneck(
@@ -41,22 +43,23 @@ def cauchy_schwarz_bottleneck(
     samples: int = 800,
     hidden: int = 64,
     bottleneck: int = 32,
-    epochs: int = 25,
-    rate: float = 5e-3,
+    epochs: int = 100,
+    rate: float = 2e-3,
     sigma: float = 0.3,
-    sigma_y: float = 1.5,
+    sigma_y: float = 3.0,
     kept: float = 0.5,
+    trials: int = 6,
     eps: float = 0.3,
-    seeds: int = 3,
+    seeds: int = 5,
     most_tables: int = 6,
     seed: int = 0,
 ) -> None:
     """Equal networks on regression tables, by four objectives: test error, as it is and under FGSM.
 
-    Without compression the Cauchy-Schwarz divergence stands against squared error. With it, each objective takes the
-    weight beta that predicts the validation samples best, among those that leave at most `kept` of the I(x; t) that
-    squared error alone leaves, or the one that leaves least. I(x; t) is the normalised Cauchy-Schwarz one over test
-    samples, with median kernels, and with t's noise where there is any.
+    Without compression the Cauchy-Schwarz divergence stands against squared error. With it, the weight beta of each
+    objective is sought until the network keeps `kept` of the I(x; t) that squared error alone keeps, so that all are
+    compared at equal compression; squared error itself cannot compress. I(x; t) is the normalised Cauchy-Schwarz one,
+    with median kernels, and with t's noise where there is any; it is matched over the samples to choose by.
 
     Args:
         run: Keeps what is measured.
@@ -67,7 +70,8 @@ def cauchy_schwarz_bottleneck(
         rate: Adam's.
         sigma: Width of the kernel of features, which are standardised, in the divergence; elsewhere it is the median.
         sigma_y: Width of the kernel of standardised targets.
-        kept: Share of I(x; t) that may be left.
+        kept: Share of I(x; t) that is left.
+        trials: Networks trained to find a weight that leaves it.
         eps: Size of the attack, in standard deviations of a feature.
         seeds: Splits and first weights.
         most_tables: Tables at most: diabetes, and those of UCI that are at hand.
@@ -77,21 +81,30 @@ def cauchy_schwarz_bottleneck(
 
     uci = [entry.name for entry in datasets() if entry.name.startswith("uci:") and entry.available]
     tables = ["diabetes", *uci][:most_tables]
-    found: dict[str, list[dict[str, dict[float, Trained]]]] = {name: [] for name in tables}
+    plain: dict[str, list[dict[str, Trained]]] = {name: [] for name in tables}
+    tried: dict[str, list[dict[str, list[Trained]]]] = {name: [] for name in tables}
     for name, number in run.progress([(n, s) for n in tables for s in range(seed, seed + seeds)], "training"):
         parts = _parts(name, samples, number)
-        found[name].append({
-            objective: {
-                beta: _train(
-                    parts, objective, beta, sigma, sigma_y, (hidden, hidden), bottleneck, epochs, rate, eps, number
-                )
-                for beta in betas
-            }
-            for objective, betas in BETAS.items()
+
+        def trained(objective: str, beta: float, parts: tuple[Part, Part, Part] = parts, seed: int = number) -> Trained:
+            sizes = (hidden, hidden), bottleneck
+            return _train(parts, objective, beta, sigma, sigma_y, *sizes, epochs, rate, eps, seed)
+
+        plain[name].append({objective: trained(objective, 0.0) for objective in (PLAIN, METHOD)})
+        wanted = kept * plain[name][-1][PLAIN].chosen_by
+        tried[name].append({
+            objective: _sought(lambda beta, of=objective: trained(of, beta), start, wanted, trials)  # type: ignore[misc]
+            for objective, start in STARTS.items()
         })  # fmt: skip
-    compressed = {name: [_compressed(one, kept) for one in reached] for name, reached in found.items()}
-    _record(run, found, compressed)
-    run.figure(_figure(found, compressed))
+    compressed = {
+        name: [
+            {PLAIN: alone[PLAIN], **{objective: seen[0] for objective, seen in by_objective.items()}}
+            for alone, by_objective in zip(plain[name], tried[name], strict=True)
+        ]
+        for name in tables
+    }
+    _record(run, plain, compressed)
+    run.figure(_figure(plain, tried, compressed))
 
 
 def _parts(name: str, samples: int, seed: int) -> tuple[Part, Part, Part]:
@@ -160,14 +173,18 @@ def _train(
             return error + beta / 2 * (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
         return error + beta * _hsic(x, t) if objective == "HSIC" else error
 
-    errors = train_bottleneck(
+    train_bottleneck(
         network, of_batch, x, y, validation=validation, lr=rate, epochs=epochs, generator=generator
     )  # fmt: skip
     attacked = fgsm(network, x_test, y_test, eps)
     with torch.no_grad():
         rmse = [float(F.mse_loss(network(given), y_test).sqrt()) for given in (x_test, attacked)]
-        information = cs_mutual_information(x_test, network.train().encode(x_test), "median", "median")
-    return Trained(min(errors) ** 0.5, float(information), *rmse)
+        network.train()
+        kept = [
+            float(cs_mutual_information(given, network.encode(given), "median", "median"))
+            for given in (validation[0], x_test)
+        ]
+    return Trained(*kept, *rmse)
 
 
 def _hsic(x: Tensor, t: Tensor) -> Tensor:
@@ -184,69 +201,94 @@ def _hsic(x: Tensor, t: Tensor) -> Tensor:
     return (K * Q).sum() / (K.square().sum() * Q.square().sum() + 1e-12).sqrt()
 
 
-def _compressed(reached: Mapping[str, Mapping[float, Trained]], kept: float) -> dict[str, Trained]:
-    """Of each objective the network to compare at equal compression; squared error alone cannot compress."""
-    bound = kept * reached[PLAIN][0.0].information
-    return {
-        objective: min(
-            by_beta.values(),
-            key=lambda one: (0, one.validation) if one.information <= bound else (1, one.information),
-        )
-        for objective, by_beta in reached.items()
-    }
+def _sought(trained: Callable[[float], Trained], start: float, wanted: float, trials: int) -> list[Trained]:
+    """Networks whose beta is sought so that they leave the wanted I(x; t); the nearest comes first."""
+    loose: tuple[float, float] | None = None
+    tight: tuple[float, float] | None = None
+    place, seen = math.log(start), []
+    for _ in range(trials):
+        seen.append(trained(math.exp(place)))
+        left = seen[-1].chosen_by
+        if left > wanted:
+            loose = place, left
+        else:
+            tight = place, left
+        if loose and tight:
+            share = (loose[1] - wanted) / (loose[1] - tight[1])
+            # Away from both ends, for I(x; t) may fall in a jump.
+            place = loose[0] + min(max(share, 0.15), 0.85) * (tight[0] - loose[0])
+        else:
+            place += math.log(3) if loose else -math.log(3)
+    return sorted(seen, key=lambda one: abs(math.log(max(one.chosen_by, 1e-12) / wanted)))
 
 
 def _record(
     run: Run,
-    found: Mapping[str, Sequence[Mapping[str, Mapping[float, Trained]]]],
+    plain: Mapping[str, Sequence[Mapping[str, Trained]]],
     compressed: Mapping[str, Sequence[Mapping[str, Trained]]],
 ) -> None:
     import numpy as np
 
-    best = {"RMSE": 0, "RMSE under FGSM": 0}
-    for table, chosen in compressed.items():
+    for table, alone in plain.items():
         run.ratio(
-            f"RMSE without compression, {table}", method=[one[METHOD][0.0].error for one in found[table]],
-            baseline=[one[PLAIN][0.0].error for one in found[table]], better="lower", series=METHOD, against=PLAIN,
+            f"RMSE without compression, {table}", method=[one[METHOD].error for one in alone],
+            baseline=[one[PLAIN].error for one in alone], better="lower", series=METHOD, against=PLAIN,
         )  # fmt: skip
-        for objective in BETAS:
-            left = np.mean([one[objective].information for one in chosen])
+        for objective in (PLAIN, *STARTS):
+            left = np.mean([one[objective].information for one in compressed[table]])
             run.record(f"I(x; t), compressed, {table}", float(left), better="lower", series=objective)
-        for name, of in (("RMSE", "error"), ("RMSE under FGSM", "attacked")):
-            values = {objective: [getattr(one[objective], of) for one in chosen] for objective in BETAS}
-            for objective, each in values.items():
-                run.record(f"{name}, {table}", float(np.mean(each)), better="lower", series=objective)
+    for name, of in (("RMSE under FGSM", "attacked"), ("RMSE", "error")):
+        lowest = dict.fromkeys((PLAIN, *STARTS), 0)
+        values = {
+            table: {objective: [getattr(one[objective], of) for one in chosen] for objective in lowest}
+            for table, chosen in compressed.items()
+        }
+        for table, each in values.items():
+            for objective, errors in each.items():
+                run.record(f"{name}, {table}", float(np.mean(errors)), better="lower", series=objective)
                 if objective != METHOD:
                     run.ratio(
-                        f"{name} against {objective}, {table}", method=values[METHOD], baseline=each, better="lower",
+                        f"{name} against {objective}, {table}", method=each[METHOD], baseline=errors, better="lower",
                         series=METHOD, against=objective,
                     )  # fmt: skip
-            best[name] += min(values, key=lambda objective: float(np.mean(values[objective]))) == METHOD
-    for name, times in best.items():
-        run.record(f"tables with the lowest {name}", times, unit=f"of {len(found)}", better="higher", series=METHOD)
+            for objective in lowest:
+                others = [np.mean(errors) for other, errors in each.items() if other != objective]
+                lowest[objective] += bool(np.mean(each[objective]) < min(others))
+        for objective, times in lowest.items():
+            run.record(
+                f"tables with the lowest {name}", times, unit=f"of {len(values)}", better="higher", series=objective
+            )
 
 
 def _figure(
-    found: Mapping[str, Sequence[Mapping[str, Mapping[float, Trained]]]],
+    plain: Mapping[str, Sequence[Mapping[str, Trained]]],
+    tried: Mapping[str, Sequence[Mapping[str, Sequence[Trained]]]],
     compressed: Mapping[str, Sequence[Mapping[str, Trained]]],
 ) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 2.2 * len(found), 6), layout="constrained")
-    above, below = figure.subplots(2, len(found), squeeze=False)
-    for table, plane, bars in zip(found, above, below, strict=True):
-        for objective, betas in BETAS.items():
-            seen = np.array([[one[objective][beta] for beta in betas] for one in found[table]]).mean(0)
-            plane.plot(seen[:, 1], seen[:, 2], "o-", color=COLOURS[objective], label=objective)
+    figure = Figure(figsize=(2 + 2.2 * len(plain), 6), layout="constrained")
+    above, below = figure.subplots(2, len(plain), squeeze=False)
+    for table, plane, bars in zip(plain, above, below, strict=True):
+        for objective in (PLAIN, *STARTS):
+            seen = [one for each in tried[table] for one in each.get(objective, ())]
+            seen += [each[objective] for each in plain[table] if objective in each]
+            plane.plot(
+                [one.information for one in seen], [one.error for one in seen], "o", markersize=3.5, alpha=0.7,
+                color=COLOURS[objective], label=objective,
+            )  # fmt: skip
+            heights = np.array([[one[objective].error, one[objective].attacked] for one in compressed[table]])
+            shift = 0.2 * list(COLOURS).index(objective) - 0.3
+            bars.bar(
+                np.arange(2) + shift, heights.mean(0), 0.2, yerr=heights.std(0) / len(heights) ** 0.5,
+                color=COLOURS[objective],
+            )  # fmt: skip
         plane.set(title=table, xlabel="I(x; t)")
-        heights = {o: np.array([[one[o].error, one[o].attacked] for one in compressed[table]]).mean(0) for o in BETAS}
-        for shift, (objective, pair) in enumerate(heights.items()):
-            bars.bar(np.arange(2) + 0.2 * shift - 0.3, pair, 0.2, color=COLOURS[objective])
         bars.set_xticks([0, 1], ["clean", "FGSM"])
         for axes in (plane, bars):
             axes.spines[["top", "right"]].set_visible(False)
     above[0].set_ylabel("RMSE")
-    below[0].set_ylabel("RMSE, compressed")
+    below[0].set_ylabel("RMSE, compressed alike")
     above[0].legend(frameon=False, fontsize="small")
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -39,8 +38,8 @@ def near_collapse(
     """The shrink factors against the exact solver, greedily added layers, and decay of body or head on digits.
 
     Imperfections within classes go through the solver at full collapse and are held against the two factors. Then
-    layers are trained one at a time over frozen ones, each with a head of its own; the variability within classes
-    is measured after each, and the beta at which the solver lowers that of the layer before as far. Last, whole networks are trained to the end with the decay of body or head doubled or left out.
+    layers are trained one at a time over frozen ones, each with a head of its own, and the variability within classes
+    is measured after each. Last, whole networks are trained to the end with the decay of body or head doubled or left out.
 
     Args:
         run: Keeps what is measured.
@@ -83,19 +82,15 @@ def near_collapse(
         _greedy(per_class, width, depth, steps, decay, number)
         for number in run.progress(range(seed, seed + seeds), "layers")
     ]
-    after = [[reached for reached, _ in one] for one in layers]
     for number, reached in enumerate(zip(*layers, strict=True)):
-        name = f"layer {number}" if number else "pixels"
-        run.record(VARIABILITY, float(np.mean([one for one, _ in reached])), better="lower", series=name)
-        implied = float(np.median([beta for _, beta in reached]))
-        # Pixels have no layer before, and a layer that lowers nothing implies no finite beta.
-        if math.isfinite(implied):
-            run.record("implied beta", implied, better="lower", series=name)
+        run.record(
+            VARIABILITY, float(np.mean(reached)), better="lower", series=f"layer {number}" if number else "pixels"
+        )
     run.ratio(
-        VARIABILITY, method=[one[-1] for one in after], baseline=[one[1] for one in after], better="lower",
+        VARIABILITY, method=[one[-1] for one in layers], baseline=[one[1] for one in layers], better="lower",
         series=f"layer {depth}", against="layer 1",
     )  # fmt: skip
-    falls = [later < earlier for one in after for earlier, later in pairwise(one)]
+    falls = [later < earlier for one in layers for earlier, later in pairwise(one)]
     run.record("layers that lower it", float(np.mean(falls)), better="higher", series="greedy layers")
 
     variants = {"both": (1, 1), "body x2": (2, 1), "body 0": (0, 1), "head x2": (1, 2), "head 0": (1, 0)}
@@ -111,17 +106,15 @@ def near_collapse(
             f"NC1 moved by decay {change_of}", method=moved_by[f"body {change_of}"].tolist(),
             baseline=moved_by[f"head {change_of}"].tolist(), series="body", against="head",
         )  # fmt: skip
-    run.figure(_figure(after, whole))
+    run.figure(_figure(layers, whole))
 
 
-def _greedy(
-    per_class: int, width: int, depth: int, steps: int, decay: float, seed: int
-) -> list[tuple[float, float]]:
-    """Variability of the pixels, and after each layer that was trained over frozen ones, with the beta it implies."""
+def _greedy(per_class: int, width: int, depth: int, steps: int, decay: float, seed: int) -> list[float]:
+    """Variability of the pixels, and after each layer that was trained over frozen ones."""
     import torch
     from torch import nn
 
-    from paperworks.representation import NeuralCollapse, implied_beta
+    from paperworks.representation import NeuralCollapse
 
     x, y = digits([per_class] * 10, seed)
     wanted, seen = nn.functional.one_hot(y).float(), [x]
@@ -142,13 +135,10 @@ def _greedy(
             with torch.no_grad():
                 seen.append(layer(seen[-1]))
     found = []
-    for number, features in enumerate(seen):
+    for features in seen:
         metric = NeuralCollapse(10)
         metric.update(features, y)
-        after = float(metric.compute()["nc1_trace_ratio"])
-        # The model divides the classifier's decay by the number of classes.
-        beta = implied_beta(seen[number - 1], y, after, lam_w=10 * decay, lam_h=decay) if number else math.inf
-        found.append((after, beta))
+        found.append(float(metric.compute()["nc1_trace_ratio"]))
     return found
 
 

@@ -18,8 +18,7 @@ LENGTHS = "largest error of a row's length"
 
 
 class Trained(NamedTuple):
-    """A network's collapse at the end, its classifier, the share of the rarest class's samples that it
-    recognises, and at some steps: which, training errors and NC1."""
+    """A network's collapse at the end, its classifier, recall of the rarest class, and steps with errors and NC1."""
 
     metric: NeuralCollapse
     weight: Tensor
