@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from paperworks.decoding.attribute_classifier import AttributeClassifier
 
+# Texts sampled together.
+_AT_ONCE = 64
 _BASELINE = "beam search"
 _TOTAL = "beam search by total log p"
 _METHOD = "conditional beam search"
@@ -235,17 +237,14 @@ def _classifier(
     def build(folder: Path) -> None:
         generator = torch.Generator(target.device).manual_seed(seed)
         pairs: list[tuple[list[int], list[int]]] = []
-        with run.progress(len(prompts) * samples, "sampling texts to judge") as bar:
-            for prompt in prompts:
-                for share, temperature in enumerate(temperatures):
-                    count = len(range(share, samples, len(temperatures)))
-                    if count:
-                        texts = generate(
-                            target, prompt.expand(count, -1), max_new_tokens=new_tokens, temperature=temperature,
-                            eos_token_id=ends, generator=generator,
-                        ).new_tokens  # fmt: skip
-                        pairs += [(prompt[0].tolist(), text) for text in texts]
-                        bar.advance(count)
+        for share, temperature in run.progress(list(enumerate(temperatures)), "sampling texts to judge"):
+            count = len(range(share, samples, len(temperatures)))
+            for part in torch.cat(prompts).repeat_interleave(count, 0).split(_AT_ONCE):
+                texts = generate(
+                    target, part, max_new_tokens=new_tokens, temperature=temperature, eos_token_id=ends,
+                    generator=generator,
+                ).new_tokens  # fmt: skip
+                pairs += zip(part.tolist(), texts, strict=True)
         labels = torch.tensor([degeneracy(text, ends) is None for _, text in pairs])
         torch.manual_seed(seed)
         classifier = AttributeClassifier.from_target(target, new_tokens)
