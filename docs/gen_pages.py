@@ -33,6 +33,8 @@ for room, purpose in ROOMS.items():
                 name = f"{m.name}, {m.series}" if m.series else m.name
                 lines.append(f"| {name} | {interval(m)}{f' against {m.against}' if m.against else ''} |")
             lines += ["", f"*{machine(record['environment'])}*", ""]
+            if paper.shortfall:
+                lines += [f"**Short of the claim.** {paper.shortfall}", ""]
         public = Path(f"src/paperworks/{room}/__init__.py")
         exported = public.read_text() if public.is_file() else ""
         for name in paper.names:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from paperworks import __version__, cli
 from paperworks.lab import Run, recipe
-from paperworks.papers import load_cards
+from paperworks.papers import get, load_cards
 
 
 @pytest.fixture
@@ -81,6 +81,11 @@ def test_search_brings_decoding_papers_first(paperworks):
 def test_show_tells_claims_and_import(paperworks):
     _, out, _ = paperworks("show", "Hydra")
     assert "from paperworks.decoding import Hydra" in out and "paper:" in out and "2402.05109" in out
+
+
+def test_show_tells_why_a_figure_falls_short(paperworks):
+    _, out, _ = paperworks("show", "fspad")
+    assert " ".join(get("fspad").shortfall.split()) in " ".join(out.split())
 
 
 def test_run_prints_table_and_keeps_the_run(paperworks, toys):

@@ -211,6 +211,8 @@ def show(
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        if card.shortfall:
+            console.print(f"Short of the claim: {card.shortfall}", highlight=False)
 
 
 def _run_commands() -> typer.Typer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from html import escape
 from xml.etree import ElementTree
 
 import pytest
@@ -119,6 +120,7 @@ def test_the_paper_page_shows_claims_beside_measured_figures_with_interval_and_m
     for claim in get("hydra").claims:
         assert records.figure(claim.value).replace(">", "&gt;") in html
     assert "from paperworks.decoding import Hydra" in html and "paperworks run hydra" in html
+    assert str(escape(get("hydra").shortfall)) in html
     assert "/figures/hydra.png" in html and pages.get("/figures/hydra.png").headers["content-type"] == "image/png"
     assert "@misc{" in html and 'action="/papers/hydra/runs"' in html
     shown = pages.get("/papers/hydra.json").json()

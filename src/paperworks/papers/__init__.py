@@ -82,6 +82,7 @@ class Paper(BaseModel):
         code: Address of the authors' code.
         licence: Licence of that code, as an SPDX identifier.
         claims: Its figures.
+        shortfall: Where figures measured here fall short of them: how far, why, and what it would take.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,6 +100,7 @@ class Paper(BaseModel):
     code: str | None = Field(default=None, pattern=r"^https://")
     licence: str | None = None
     claims: tuple[Claim, ...] = ()
+    shortfall: str = ""
 
     @field_validator("room")
     @classmethod
