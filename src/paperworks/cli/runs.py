@@ -1,0 +1,255 @@
+"""Recipes: run, compare, results, bench."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from paperworks.cli.shared import JsonOption, StoreOption, print_json, progress, terminal
+from paperworks.errors import UsageError
+from paperworks.papers import get
+
+_SHARED = {
+    "scale": (str, "default", "tiny (seconds), default, or paper (a GPU's work)."),
+    "seed": (int, 0, "Seed of all that is random."),
+    "on": (str, "here", "here, ray, auto or ray://host:port."),
+    "store": (Optional[str], None, "Where the run is kept; PAPERWORKS_STORE or the user's data folder by default."),
+    "verbose": (bool, False, "Show where a failed run failed."),
+}
+
+
+def run_commands() -> typer.Typer:
+    """`run`, with a command for every recipe."""
+    from paperworks.lab.recipe import find, recipes
+
+    class Group(typer.core.TyperGroup):
+        """An unknown paper gets the lab's own sentence, which names the nearest."""
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if args and args[0] not in self.commands and not args[0].startswith("-"):
+                slug = get(args[0]).slug
+                find(slug)
+                args = [slug, *args[1:]]
+            return super().resolve_command(ctx, args)
+
+    group = typer.Typer(
+        cls=Group,
+        help="Run a paper's recipe: progress, table, figure, record.",
+        no_args_is_help=True,
+        epilog="Example: `paperworks run hydra --new-tokens 64 --scale tiny`",
+        rich_markup_mode="markdown",
+    )
+    for slug, recipe in recipes().items():
+        group.command(slug, help=recipe.summary, epilog=f"Example: `paperworks run {slug} --scale tiny`")(
+            _run_command(slug)
+        )
+    return group
+
+
+def _run_command(slug: str) -> Callable[..., int]:
+    """The command of one recipe: its parameters become options, set only where the user gives them."""
+    from paperworks.lab.recipe import find
+
+    recipe = find(slug)
+
+    def command(**given: Any) -> int:
+        shared = {name: given.pop(name) for name in _SHARED}
+        as_json = given.pop("as_json")
+        options = {name: value for name, value in given.items() if value is not None}
+        run = _execute(slug, options, as_json=as_json, **shared)
+        return _report([run], as_json)
+
+    parameters: list[tuple[str, Any, Any]] = []
+    for name, parameter in recipe.parameters.items():
+        option = typer.Option(help=parameter.help, show_default=str(parameter.default))
+        parameters.append((name, Annotated[parameter.type | None, option], None))
+    for name, (kind, default, text) in _SHARED.items():
+        flag = ["--verbose"] if kind is bool else []
+        parameters.append((name, Annotated[kind, typer.Option(*flag, help=text)], default))
+    parameters.append(("as_json", JsonOption, False))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, kind, default in parameters]
+    )
+    command.__annotations__ = {name: kind for name, kind, _ in parameters}
+    return command
+
+
+def _execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool, **shared: Any) -> Any:
+    from paperworks.lab.executors import execute
+
+    run = execute(slug, parameters=options, show_progress=not as_json, **shared)
+    if run.status == "failed":
+        if verbose and run.traceback:
+            print(run.traceback, file=sys.stderr)
+        hint = "" if verbose else f" (`paperworks results {run.id}` shows where)"
+        print(f"paperworks: {slug} failed: {run.error}{hint}", file=sys.stderr)
+    return run
+
+
+def _report(runs: list[Any], as_json: bool) -> int:
+    from paperworks.lab.report import results_table
+
+    if as_json:
+        print_json([_as_json(run) for run in runs] if len(runs) > 1 else _as_json(runs[0]))
+    else:
+        for run in runs:
+            if run.measurements:
+                terminal().print(results_table(run, get(run.paper)))
+            for path in run.artefacts.values():
+                print(f"{'figure' if path.suffix == '.png' else path.name}: {path}")
+            if run.finished:
+                print(f"run {run.id}: {run.status} in {(run.finished - run.started).total_seconds():.0f} s")
+    return max(0 if run.status == "finished" else getattr(run.exception, "exit_status", 1) for run in runs)
+
+
+def _as_json(run: Any) -> dict[str, Any]:
+    from paperworks.lab.records import as_record
+
+    return {
+        "id": run.id, **as_record(run), "error": run.error,
+        "artefacts": {name: str(path) for name, path in run.artefacts.items()},
+    }  # fmt: skip
+
+
+def compare(
+    context: typer.Context,
+    papers: Annotated[list[str], typer.Argument(help="Papers of one room, then options that go to each recipe.")],
+    scale: Annotated[str, typer.Option(help=_SHARED["scale"][2])] = "default",
+    seed: Annotated[int, typer.Option(help=_SHARED["seed"][2])] = 0,
+    on: Annotated[str, typer.Option(help=_SHARED["on"][2])] = "here",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Run several papers on the same work, side by side: one table, one figure."""
+    from paperworks.lab.compare import side_by_side
+    from paperworks.lab.recipe import find
+
+    words = [*papers, *context.args]
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    cards = [get(name) for name in words[:first]]
+    options = _pairs(words[first:])
+    if len({card.slug for card in cards}) < 2:
+        raise UsageError("compare takes at least two different papers, such as `paperworks compare hydra chimera`")
+    if len({card.room for card in cards}) > 1:
+        told = ", ".join(f"{card.slug} ({card.room})" for card in cards)
+        raise UsageError(f"only papers of one room do the same work, but these are of several: {told}")
+    for card in cards:
+        find(card.slug).parse(options)
+    runs = [
+        _execute(card.slug, options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False)
+        for card in cards
+    ]
+    if as_json:
+        return _report(runs, True)
+    table, figure = side_by_side(runs)
+    terminal().print(table)
+    if figure:
+        print(f"figure: {figure}")
+    return max(0 if run.status == "finished" else 1 for run in runs)
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    """`--new-tokens 64 --model=x` as a dictionary."""
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UsageError(f"expected an option such as --new-tokens 64, got {word!r}")
+        options[name.replace("-", "_")] = value if equals else next(rest, "")
+    return options
+
+
+def results(
+    what: Annotated[str | None, typer.Argument(help="A paper, or the id of a run to see it whole.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many runs to show.")] = 20,
+    store: StoreOption = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the newest finished run as Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What was measured here."""
+    from rich import box
+    from rich.table import Table
+
+    from paperworks.lab import report
+    from paperworks.lab.records import interval
+    from paperworks.lab.store import Store
+
+    with Store(store) as opened:
+        if what is not None and what[:8].isdigit() and "-" in what:
+            run = opened.run(what)
+            _report([run], as_json)
+            if not as_json:
+                for log in run.logs:
+                    print(log.message)
+                if run.traceback:
+                    print(run.traceback)
+            return
+        paper = get(what) if what is not None else None
+        runs = opened.runs(paper.slug if paper else None, limit=limit)
+    if as_json:
+        return print_json([_as_json(run) for run in runs])
+    if not runs:
+        print(f"nothing was measured here yet: `paperworks run {paper.slug if paper else 'hydra'}` does it")
+        return
+    if markdown:
+        newest = next((run for run in runs if run.status == "finished"), None)
+        if newest is None:
+            raise UsageError("no run has finished yet, so there is nothing to print as Markdown")
+        print(report.markdown(newest, get(newest.paper)))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("run", "paper", "scale", "status", "ratios"):
+        table.add_column(heading, no_wrap=heading == "run", overflow="fold")
+    for run in runs:
+        ratios = "\n".join(f"{m.series or ''} {m.name} {interval(m)}" for m in run.measurements if m.against)
+        table.add_row(
+            run.id, run.paper, run.scale, run.status if not run.error else f"{run.status}: {run.error}", ratios
+        )
+    terminal().print(table)
+
+
+def bench(
+    papers: Annotated[list[str] | None, typer.Argument(help="Papers; all that have a recipe by default.")] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only papers without a record, to go on after a stop.")
+    ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="The page instead: search over 100,000 papers, 200 readers at once.")
+    ] = False,
+    store: StoreOption = None,
+) -> int:
+    """Run recipes at their default scale and write `benchmarks/` in this checkout."""
+    from paperworks.lab import records
+    from paperworks.lab.recipe import recipes
+
+    root = records.checkout()
+    if root is None:
+        raise UsageError("records are written into a checkout of Paperworks: clone it and `make bench` there")
+    if page:
+        return _bench_page(root)
+    slugs = [get(name).slug for name in papers] if papers else list(recipes())
+    if missing:
+        slugs = [slug for slug in slugs if slug not in records.load_records()]
+    worst = 0
+    for slug in slugs:
+        run = _execute(slug, {}, as_json=False, verbose=True, store=store)
+        worst = max(worst, _report([run], False))
+        if run.status == "finished":
+            print(f"record: {records.write_record(run, root)}")
+    return worst
+
+
+def _bench_page(root: Path) -> int:
+    from paperworks.page.bench import page_bench
+
+    with progress() as tell:
+        page_bench(root, progress=tell)
+    print(f"record: {root / 'benchmarks' / 'page.json'}")
+    return 0
