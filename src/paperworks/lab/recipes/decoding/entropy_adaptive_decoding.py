@@ -25,6 +25,7 @@ _SHARES = (0.25, 0.5, 0.75)
 @recipe(
     "entropy-adaptive-decoding",
     baseline="large alone",
+    headline="divergence at equal cost, ratio",
     tiny={
         "model": "tiny-random-llama",
         "small": "First layer",
@@ -175,7 +176,8 @@ def entropy_adaptive_decoding(
         parts = zip(switched[f"EAD {share:.0%}"], divergence["small alone"], strict=True)
         divergence[f"whole prompts {share:.0%}"] = [(1 - text.large_fraction) * whole for text, whole in parts]
     advantage: dict[tuple[str, str], Ratio] = {}
-    for kind in ("random", "even", "whole prompts"):
+    # Lists show the last.
+    for kind in ("whole prompts", "even", "random"):
         for series, shares in (*((f"EAD {share:.0%}", (share,)) for share in _SHARES), ("EAD, all shares", _SHARES)):
             baseline = _mean(divergence, kind, shares)
             # Where the large model wrote everything nothing is left to compare.
