@@ -163,11 +163,18 @@ def markdown_table(records: dict[str, dict[str, Any]], *, brief: bool = False) -
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """One line about where a run took place."""
-    gpu = environment.get("gpu")
-    threads = environment.get("threads")
-    parts = [str(gpu) if gpu else environment.get("cpu"), f"{environment.get('cores')} cores"]
-    return ", ".join(str(part) for part in [*parts, f"{threads} threads" if threads else None] if part)
+    """One line about where a run took place.
+
+    Example:
+        >>> machine({"cpu": "Chip", "cores": 2, "threads": 1})
+        'Chip, 2 cores, 1 thread'
+    """
+    counted = [
+        f"{count} {noun}{'' if count == 1 else 's'}"
+        for noun in ("core", "thread")
+        if (count := environment.get(f"{noun}s"))
+    ]
+    return ", ".join(filter(None, [environment.get("gpu") or environment.get("cpu"), *counted]))
 
 
 def figure(value: float | str) -> str:
