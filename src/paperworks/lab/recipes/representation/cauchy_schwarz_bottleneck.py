@@ -48,9 +48,9 @@ def cauchy_schwarz_bottleneck(
     sigma: float = 0.3,
     sigma_y: float = 3.0,
     kept: float = 0.5,
-    trials: int = 6,
+    trials: int = 5,
     eps: float = 0.3,
-    seeds: int = 5,
+    seeds: int = 3,
     most_tables: int = 6,
     seed: int = 0,
 ) -> None:
