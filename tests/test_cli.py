@@ -119,6 +119,8 @@ def test_compare_puts_papers_side_by_side(paperworks, toys, tmp_path):
     status, out, _ = paperworks("compare", "hydra", "chimera", "--throws", "4")
     assert status == 0 and "hydra: Hydra" in out and "chimera: Chimera" in out and "4x" in out
     assert "compare-hydra-chimera.png" in out.replace("\n", "")
+    # Only one of them counts its throws.
+    assert "luck" in out and "throws" not in out
 
 
 def test_generate_streams_text_and_ends_with_its_speed(paperworks):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def side_by_side(runs: list[Run]) -> tuple[Table, Path | None]:
-    """The measurements of all runs in one table, rows named after their paper, and a figure of their ratios.
+    """What all runs measured in one table, rows named after their paper, and a figure of their ratios.
+
+    What only some of them measured is in their own tables; where they have nothing in common, all is shown.
 
     Args:
         runs: Runs of different papers, made on the same work.
@@ -28,8 +30,11 @@ def side_by_side(runs: list[Run]) -> tuple[Table, Path | None]:
         for run in runs
         for m in run.measurements
     ]
-    headings, rows = grid(measured)
-    table = Table(*headings, title=" against ".join(run.paper for run in runs), title_justify="left")
+    common = set.intersection(*({(m.name, m.against) for m in run.measurements} for run in runs))
+    headings, rows = grid([m for m in measured if (m.name, m.against) in common] or measured)
+    table = Table(title=" against ".join(run.paper for run in runs), title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold", min_width=0 if index else 20)
     for row in rows:
         table.add_row(*row)
     ratios = [m for m in measured if m.against and m.name == next((r.name for r in measured if r.against), None)]
