@@ -285,7 +285,9 @@ def test_citations_come_as_bibtex(pages):
 
 
 def test_the_leaderboard_ranks_records_and_runs(app, client, monkeypatch):
-    slug = next(p.slug for p in load_cards().values() if p.room == "decoding" and records.status(p) == "runs")
+    slug = "chimera"
+    others = {paper: record for paper, record in records.load_records().items() if paper != slug}
+    monkeypatch.setattr(records, "load_records", lambda folder=None: others)
     run = Run(slug, recorder=app.state.store)
     app.state.store.begin(run)
     run.ratio("speed-up", method=[99.0, 99.0], baseline=[1.0, 1.0], against="plain")

@@ -116,7 +116,7 @@ def create_app(
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
     state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, meaning
-    state.crowd = Crowd(3)
+    state.crowd = Crowd(few=3, at_once=2)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
     for routes in (papers, community, accounts, runs):

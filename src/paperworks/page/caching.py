@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,29 +94,36 @@ class Shared:
 
 
 class Crowd:
-    """Counts who is being served, so that a crowd is served plainly rather than late.
+    """Serves a few at once while the others wait, and serves a crowd plainly rather than late.
+
+    Work that keeps a processor busy is done sooner one after another: threads that all want it only hinder each other.
 
     Args:
-        few: How many at once are no crowd.
+        few: How many that are served or wait are no crowd.
+        at_once: How many are served at once.
 
     Example:
-        >>> crowd = Crowd(1)
-        >>> with crowd as first, crowd as second:
-        ...     first, second
+        >>> async def first_and_second():
+        ...     crowd = Crowd(few=1, at_once=2)
+        ...     async with crowd.turn() as first, crowd.turn() as second:
+        ...         return first, second
+        >>> asyncio.run(first_and_second())
         (True, False)
     """
 
-    def __init__(self, few: int) -> None:
-        self._few, self._served, self._lock = few, 0, threading.Lock()
+    def __init__(self, *, few: int, at_once: int) -> None:
+        self._few, self._present, self._turns = few, 0, asyncio.Semaphore(at_once)
 
-    def __enter__(self) -> bool:
-        with self._lock:
-            self._served += 1
-            return self._served <= self._few
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._served -= 1
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[bool]:
+        """Wait for one's turn; within it one knows whether there were few when one came."""
+        self._present += 1
+        few = self._present <= self._few
+        try:
+            async with self._turns:
+                yield few
+        finally:
+            self._present -= 1
 
 
 def _copy(message: Message) -> MutableMapping[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic import BeforeValidator, Field
 from sqlalchemy import func, select, text
@@ -122,13 +123,15 @@ def new(request: Request, reader: Reader, page: Number = 1) -> Response:
 
 
 @router.get("/search", summary="Search by words and meaning")
-def search(request: Request, reader: Reader, filters: Filters, q: Words = "", page: Number = 1) -> Response:
+async def search(request: Request, reader: Reader, filters: Filters, q: Words = "", page: Number = 1) -> Response:
     """Papers for a query, best first; without one, the newest that fit."""
+    async with request.app.state.crowd.turn() as few:
+        return await run_in_threadpool(_found, request, reader, filters, q, page, request.app.state.meaning and few)
+
+
+def _found(request: Request, reader: Any, filters: dict[str, Any], q: str, page: int, meaning: bool) -> Response:
     index: Index = request.app.state.index
-    with request.app.state.crowd as few:
-        results = index.search(
-            _said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=request.app.state.meaning and few
-        )
+    results = index.search(_said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=meaning)
     lines = _lines(
         request.app.state.store, reader, [hit.entry for hit in results.hits],
         score=[hit.score for hit in results.hits], title_html=[hit.title_html for hit in results.hits],
