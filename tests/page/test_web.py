@@ -15,7 +15,7 @@ from paperworks.lab import records
 from paperworks.lab.run import Run
 from paperworks.page import ingest
 from paperworks.page.app import create_app
-from paperworks.page.caching import Shared
+from paperworks.page.caching import Crowd, Shared
 from paperworks.page.index import Entry
 from paperworks.page.tables import MailRow
 from paperworks.papers import ROOMS, get, load_cards
@@ -359,6 +359,37 @@ def test_readers_share_an_answer_for_some_seconds():
         assert await ask() == "7"
         now[0] = 60.0
         assert await ask() == "8"
+
+    asyncio.run(story())
+
+
+def test_a_crowd_takes_turns_and_is_told_that_it_is_one():
+    import asyncio
+
+    crowd, working, most, told = Crowd(few=3, at_once=2), 0, 0, []
+
+    async def searcher(fails: bool = False) -> None:
+        nonlocal working, most
+        async with crowd.turn() as few:
+            working += 1
+            most = max(most, working)
+            told.append(few)
+            await asyncio.sleep(0.001)
+            working -= 1
+            if fails:
+                raise RuntimeError("the search failed")
+
+    async def story():
+        await asyncio.gather(*(searcher() for _ in range(10)))
+        assert most == 2 and told == [True] * 3 + [False] * 7
+        # Who fails or gives up waiting leaves his place to the others.
+        gone = [asyncio.create_task(searcher(fails)) for fails in (True, True, False, False, False)]
+        await asyncio.sleep(0)
+        gone[-1].cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        told.clear()
+        await asyncio.gather(*(searcher() for _ in range(3)))
+        assert told == [True] * 3 and most == 2
 
     asyncio.run(story())
 
