@@ -239,7 +239,7 @@ def _classifier(
         pairs: list[tuple[list[int], list[int]]] = []
         for share, temperature in run.progress(list(enumerate(temperatures)), "sampling texts to judge"):
             count = len(range(share, samples, len(temperatures)))
-            for part in torch.cat(prompts).repeat_interleave(count, 0).split(_AT_ONCE):
+            for part in torch.split(torch.cat(prompts).repeat_interleave(count, 0), _AT_ONCE):
                 texts = generate(
                     target, part, max_new_tokens=new_tokens, temperature=temperature, eos_token_id=ends,
                     generator=generator,
