@@ -73,7 +73,8 @@ def create_app(
         allow_runs: Whether runs can be started by readers who are not logged in.
         secret: Signs the forms; servers that share readers share it. PAPERWORKS_SECRET or a new one by default.
         workers: How many runs may take place at once.
-        meaning: Whether search goes by meaning too, where an embedder is installed.
+        meaning: Whether search goes by meaning too, where an embedder is installed, once its model is
+            loaded.
         rates: Requests that change something, for each address and minute, by beginning of their path.
 
     Raises:
@@ -91,7 +92,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if meaning:
-            threading.Thread(target=_build, args=(index,), name="index", daemon=True).start()
+            threading.Thread(target=_build, args=(app,), name="index", daemon=True).start()
         stop = threading.Event()
         if mail_server := os.environ.get("PAPERWORKS_SMTP"):
             post = threading.Thread(target=keep_sending, args=(store, mail_server, stop), name="mail", daemon=True)
@@ -115,7 +116,7 @@ def create_app(
     state = app.state
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
-    state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, meaning
+    state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, False
     state.crowd = Crowd(few=3, at_once=2)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
@@ -189,9 +190,13 @@ def serve(
     )
 
 
-def _build(index: Index) -> None:
+def _build(app: FastAPI) -> None:
+    index: Index = app.state.index
     try:
         index.build()
+        # The first search that goes by meaning loads the model, which takes seconds: no reader waits for it.
+        index.search("papers that run")
+        app.state.meaning = True
     except PaperworksError as error:
         _log.warning("search goes by words only: %s", error)
 
