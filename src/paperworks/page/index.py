@@ -429,7 +429,7 @@ _FIELDS = tuple(field.name for field in fields(Entry))
 _STORED = (*_FIELDS, "name", "about")
 _EMBEDDED = ("title", "abstract", "room", "slug")
 ENTRY_COLUMNS = (EntryRow.id, *(getattr(EntryRow, name) for name in _FIELDS))
-
+RUNS_HERE = EntryRow.status.in_(("runs", "measured"))
 
 # Made once: to build a query takes longer than to run this one.
 _OF_IDS = select(*ENTRY_COLUMNS).where(EntryRow.id.in_(bindparam("ids", expanding=True)))
@@ -521,7 +521,7 @@ def _where(room: str | None, tag: str | None, year: int | None, status: str | No
             (tag, EntryRow.id.in_(labelled)),
             (year, EntryRow.year == year),
             (status, EntryRow.status == status),
-            (runs_here or None, EntryRow.status.in_(("runs", "measured"))),
+            (runs_here or None, RUNS_HERE),
         )
         if wanted is not None
     ]

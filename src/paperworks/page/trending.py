@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import RunRow, Store
-from paperworks.page.index import Entry, entries_of
+from paperworks.page.index import RUNS_HERE, Entry, entries_of
 from paperworks.page.tables import EntryRow, VoteRow
 
 PERIODS = {"day": 1, "week": 7, "month": 30}
@@ -67,7 +67,8 @@ def trending(store: Store, period: str = "week", limit: int = 20, offset: int = 
         .join(RunRow, RunRow.paper == EntryRow.slug)
         .where(RunRow.status == "finished", RunRow.finished > now - length)
     )
-    runs_here = EntryRow.slug.is_not(None) & EntryRow.status.in_(("runs", "measured"))
+    # Few papers have a slug, and there is an index of them.
+    runs_here = EntryRow.slug.is_not(None) & RUNS_HERE
     columns = select(EntryRow.id, EntryRow.published, EntryRow.upvotes, case((runs_here, 1), else_=0))
     newest = columns.order_by(EntryRow.published.desc(), EntryRow.id.desc()).limit(offset + limit)
     # The rest score nothing, and are older than as many of these as are asked for. A union, for each part has its index.

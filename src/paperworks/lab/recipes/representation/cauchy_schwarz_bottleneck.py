@@ -251,9 +251,7 @@ def _record(
                         f"{name} against {objective}, {table}", method=each[METHOD], baseline=errors, better="lower",
                         series=METHOD, against=objective,
                     )  # fmt: skip
-            for objective in lowest:
-                others = [np.mean(errors) for other, errors in each.items() if other != objective]
-                lowest[objective] += bool(np.mean(each[objective]) < min(others))
+            lowest[min(each, key=lambda objective, each=each: float(np.mean(each[objective])))] += 1  # type: ignore[misc]
         for objective, times in lowest.items():
             run.record(
                 f"tables with the lowest {name}", times, unit=f"of {len(values)}", better="higher", series=objective
