@@ -89,12 +89,14 @@ def train(
     epochs: int,
     batch: int,
     generator: torch.Generator,
+    after_epoch: Callable[[int], object] = lambda epoch: None,
 ) -> None:
-    """Minimise a loss of batches by Adam (1e-3), in place."""
+    """Minimise a loss of batches by Adam (1e-3), in place; `after_epoch` is called with the epochs done."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for chosen in torch.randperm(len(rows), generator=generator).split(batch):
             optimizer.zero_grad()
             loss(rows[chosen]).backward()
             optimizer.step()
+        after_epoch(epoch + 1)
     model.eval()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
 _BETAS = (0.1, 0.5, 1.0, 2.0, 4.0)
+_RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+class Sweep(NamedTuple):
+    """Values of what is swept, and at each the active units predicted, and those of each model."""
+
+    values: list[float]
+    predicted: list[float]
+    found: list[list[float]]
 
 
 @recipe(
@@ -32,7 +41,8 @@ def posterior_collapse(
 
     A linear conditional and a linear hierarchical VAE are trained, and the divergence of each latent variable compared with
     its closed form. Then a conditional VAE with ReLU layers, the top left quarter given and the rest to model, is trained at
-    five beta, and a hierarchical one at three beta1 and three beta2.
+    five beta, and a hierarchical one at three beta1, three beta2 and three standard deviations of the decoder. Last, the
+    conditional one models Gaussian y of as many columns as it has variables, given x that correlates with y by rho.
 
     Args:
         run: Keeps what is measured.
@@ -85,63 +95,75 @@ def posterior_collapse(
 
     single = rows.float()
 
-    def measured_share(model: Any, loss: Any, own: torch.Generator) -> float:
-        train(model, lambda batch: loss(batch, own), single, epochs, 128, own)
-        return float(PosteriorCollapse.from_encoder(model.encode, single.split(512)).compute().active_units)
+    def measured_share(model: Any, loss: Any, rows: torch.Tensor, number: int) -> float:
+        own = torch.Generator().manual_seed(seed + number)
+        train(model, lambda batch: loss(batch, own), rows, epochs, 128, own)
+        return float(PosteriorCollapse.from_encoder(model.encode, rows.split(512)).compute().active_units)
 
-    def conditional(beta: float, number: int) -> float:
+    def conditional(rows: torch.Tensor, given: int, beta: float, number: int) -> float:
         torch.manual_seed(seed + number)
         model = VAE(rows.shape[1], latent, (16,), given)
-        own = torch.Generator().manual_seed(seed + number)
-        return measured_share(model, lambda batch, g: model.loss(batch, beta, eta_dec, g), own)
+        return measured_share(model, lambda batch, own: model.loss(batch, beta, eta_dec, own), rows, number)
 
-    def hierarchical(beta1: float, beta2: float, number: int) -> float:
+    def hierarchical(number: int, beta1: float = 1.0, beta2: float = 1.0, eta_dec: float = eta_dec) -> float:
         torch.manual_seed(seed + number)
         model = HierarchicalVAE(rows.shape[1], latent, 64)
-        own = torch.Generator().manual_seed(seed + number)
-        return measured_share(model, lambda batch, g: model.loss(batch, beta1, beta2, eta_dec, g), own)
+        return measured_share(model, lambda batch, own: model.loss(batch, beta1, beta2, eta_dec, own), single, number)
 
-    def predicted_share(beta: float) -> float:
+    def predicted_share(x: torch.Tensor, y: torch.Tensor, beta: float) -> float:
         return 1 - linear_cvae_solution(x, y, latent, beta=beta, eta_dec=eta_dec).n_collapsed / latent
 
-    predicted = [predicted_share(beta) for beta in _BETAS]
-    sweep = run.progress(_BETAS, "conditional VAEs")
-    found = [[conditional(beta, number) for number in range(seeds)] for beta in sweep]
-    for beta, share, values in zip(_BETAS, predicted, found, strict=True):
-        run.record("active units predicted", share, better="higher", series=f"beta {beta:g}")
-        run.record("active units", fmean(values), better="higher", series=f"beta {beta:g}")
-    means = [fmean(values) for values in found]
-    if len(set(means)) > 1 and len(set(predicted)) > 1:
-        run.record("rank correlation with prediction", float(spearmanr(predicted, means)[0]), better="higher")
-    for which in ("beta1", "beta2"):
-        for value in run.progress((0.5, 1.0, 4.0), f"hierarchical VAEs, {which}"):
-            beta1, beta2 = (value, 1.0) if which == "beta1" else (1.0, value)
-            values = [hierarchical(beta1, beta2, number) for number in range(seeds)]
-            run.record("active units of z2", fmean(values), better="higher", series=f"{which} {value:g}")
+    def against_prediction(name: str, cases: dict[float, tuple[torch.Tensor, int, float]]) -> Sweep:
+        """Active units predicted and measured, for each value of what is swept: its rows, columns given, and beta."""
+        sweep = Sweep(list(cases), [], [])
+        for value, (rows, given, beta) in run.progress(list(cases.items()), f"conditional VAEs, {name}"):
+            sweep.predicted.append(predicted_share(rows[:, :given].double(), rows[:, given:].double(), beta))
+            sweep.found.append([conditional(rows, given, beta, number) for number in range(seeds)])
+            series = f"{name} {value:g}"
+            run.record("active units predicted", sweep.predicted[-1], better="higher", series=series)
+            run.record("active units", fmean(sweep.found[-1]), better="higher", series=series)
+        means = [fmean(values) for values in sweep.found]
+        if len(set(means)) > 1 and len(set(sweep.predicted)) > 1:
+            correlation = float(spearmanr(sweep.predicted, means)[0])
+            run.record("rank correlation with prediction", correlation, better="higher", series=f"sweep of {name}")
+        return sweep
+
+    def correlated(rho: float) -> torch.Tensor:
+        own = torch.Generator().manual_seed(seed)
+        y, noise = torch.randn(2, len(rows), latent, generator=own)
+        return torch.cat([rho * y + (1 - rho**2) ** 0.5 * noise, y], 1)
+
+    digits = against_prediction("beta", {beta: (single, given, beta) for beta in _BETAS})
+    gaussian = against_prediction("rho", {rho: (correlated(rho), latent, 1.0) for rho in _RHOS})
+    for name, values in {"beta1": (0.5, 1.0, 4.0), "beta2": (0.5, 1.0, 4.0), "eta_dec": (0.25, 0.5, 1.0)}.items():
+        for value in run.progress(values, f"hierarchical VAEs, {name}"):
+            shares = [hierarchical(number, **{name: value}) for number in range(seeds)]
+            run.record("active units of z2", fmean(shares), better="higher", series=f"{name} {value:g}")
 
     def closed_form() -> None:
-        predicted_share(1.0)
+        predicted_share(x, y, 1.0)
 
     def training() -> None:
-        conditional(1.0, 0)
+        conditional(single, given, 1.0, 0)
 
     run.compare(baseline=("training and measuring", training), method={"closed form": closed_form}, repeats=1, warmup=0)
-    run.figure(_figure(pairs, predicted, found))
+    run.figure(_figure(pairs, {"beta, digits": digits, "rho, Gaussian": gaussian}))
 
 
-def _figure(pairs: dict[str, Any], predicted: list[float], found: list[list[float]]) -> Any:
-    """Divergence measured against predicted, and active units against beta."""
+def _figure(pairs: dict[str, Any], sweeps: dict[str, Sweep]) -> Any:
+    """Divergence measured against predicted, and active units along each sweep."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(4.2 * (1 + len(sweeps)), 3.4), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(sweeps))
     for (name, (theory, measured)), marker in zip(pairs.items(), "os", strict=True):
         left.plot(sorted(theory.tolist()), sorted(measured), marker, label=name)
     left.axline((0, 0), slope=1, color="#999999", lw=1)
     left.set(xlabel="divergence predicted, nats", ylabel="divergence measured, nats")
-    right.plot(_BETAS, predicted, "k--", label="linear theory")
-    right.plot(_BETAS, [fmean(values) for values in found], "o-", color="#c8553d", label="ReLU CVAE")
-    right.set(xlabel="beta", ylabel="active units", xscale="log", title="digits")
-    for axes in (left, right):
+    for axes, (name, sweep) in zip(others, sweeps.items(), strict=True):
+        axes.plot(sweep.values, sweep.predicted, "k--", label="linear theory")
+        axes.plot(sweep.values, [fmean(values) for values in sweep.found], "o-", color="#c8553d", label="ReLU CVAE")
+        axes.set(xlabel=name, ylabel="active units", xscale="log" if min(sweep.values) > 0 else "linear")
+    for axes in (left, *others):
         axes.legend(frameon=False)
     return figure

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @recipe(
@@ -19,6 +22,9 @@ def variable_activity(
     run: Run, latent: int = 16, hidden: int = 128, epochs: int = 150, folds: int = 5, seed: int = 0
 ) -> None:
     """Digits at three strengths of regularisation: what passive variables do to mean and sampled codes.
+
+    While the model trains whose passive variables are looked at last, its codes are kept at doubling epochs: how the
+    variables that end passive vary together, and how they correlate, shows where correlated mean codes come from.
 
     Args:
         run: Keeps what is measured.
@@ -43,12 +49,23 @@ def variable_activity(
     data = load_dataset("digits")
     rows = torch.tensor(data.X / 16, dtype=torch.float32)
     bars: dict[str, dict[str, float]] = {}
+    checkpoints: dict[int, np.ndarray] = {}
     for beta in run.progress((0.25, 1.0, 2.0), "training"):
         series = f"beta {beta:g}"
         torch.manual_seed(seed)
         own = torch.Generator().manual_seed(seed)
         model = VAE(64, latent, (hidden, hidden))
-        train(model, lambda batch, m=model, b=beta, g=own: m.loss(batch, b, math.sqrt(0.1), g), rows, epochs, 64, own)  # type: ignore[misc]
+        checkpoints.clear()
+
+        def keep(epoch: int, model: VAE = model) -> None:
+            if epoch == epochs or epoch.bit_count() == 1:
+                with torch.no_grad():
+                    checkpoints[epoch] = model.encode(rows)[0].double().numpy()
+
+        train(
+            model, lambda batch, m=model, b=beta, g=own: m.loss(batch, b, math.sqrt(0.1), g),  # type: ignore[misc]
+            rows, epochs, 64, own, keep,
+        )  # fmt: skip
         with torch.no_grad():
             mean, log_var = model.encode(rows)
         mu, var = mean.numpy(), log_var.exp().numpy()
@@ -81,15 +98,38 @@ def variable_activity(
                 "accuracy kept", method=scores["without passive"].tolist(), baseline=scores["full"].tolist(),
                 series=series, against="the full code",
             )  # fmt: skip
-    run.figure(_figure(bars))
+    passive = report.indices("passive")
+    origin = {epoch: _largest_with_another(mu, passive) for epoch, mu in checkpoints.items()} if len(passive) else {}
+    for epoch, (covariance, correlation) in origin.items():
+        series = f"beta {beta:g}, epoch {epoch}"
+        run.record("largest covariance of a passive variable", covariance, better="lower", series=series)
+        run.record("largest correlation of a passive variable", correlation, better="lower", series=series)
+    run.figure(_figure(bars, origin))
 
 
-def _figure(bars: dict[str, dict[str, float]]) -> Any:
-    """Total correlation of each code at each strength."""
+def _largest_with_another(mu: np.ndarray, passive: np.ndarray) -> tuple[float, float]:
+    """Of mean codes (N, d): each passive variable's largest covariance and correlation with another one, on average."""
+    import numpy as np
+
+    largest = []
+    for matrix in (np.cov(mu.T), np.corrcoef(mu.T)):
+        others = np.abs(matrix[passive])
+        others[np.arange(len(passive)), passive] = 0
+        largest.append(float(others.max(1).mean()))
+    return largest[0], largest[1]
+
+
+def _figure(bars: dict[str, dict[str, float]], origin: dict[int, tuple[float, float]]) -> Any:
+    """Total correlation of each code at each strength, and where it comes from."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes, right = figure.subplots(1, 2)
+    for name, values in zip(("covariance", "correlation"), zip(*origin.values(), strict=True), strict=False):
+        right.plot(list(origin), values, "o-", label=f"largest {name}")
+    right.set(xlabel="epochs", xscale="log", title="variables that end passive, mean code")
+    if origin:
+        right.legend(frameon=False, fontsize=8)
     names = ["full, mean", "full, sampled", "without passive, mean", "without passive, sampled"]
     for place, name in enumerate(names):
         at = [index + 0.2 * (place - 1.5) for index, values in enumerate(bars.values()) if name in values]
