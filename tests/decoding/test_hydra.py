@@ -246,6 +246,30 @@ def test_training_on_own_text_raises_accuracy_and_acceptance():
     assert len(drafter.tree) == 5
 
 
+def test_greedy_accuracy_counts_what_greedy_decoding_accepts_on_sampled_text():
+    model = make_model(dtype=torch.float32)
+    sampled = generate(
+        model, torch.arange(12)[:, None], max_new_tokens=20, temperature=0.5, eos_token_id=[],
+        generator=torch.Generator().manual_seed(0)).new_tokens  # fmt: skip
+    data = collect(model, [([1, 2], tokens) for tokens in sampled])
+    torch.manual_seed(0)
+    drafter = Hydra.from_target(model, heads=3, tree=[(0,)])
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    choice = model.lm_head(data.hidden).argmax(-1)
+    hits, seen = torch.zeros(3, 4), torch.zeros(3)
+    for depth, prediction in enumerate(drafter.predictions(Target(model), data.tokens, data.hidden, data.mask)):
+        for logits, (row, state) in zip(prediction.logits, prediction.positions.tolist(), strict=True):
+            drafted = range(state + 1 - depth, state + 1)
+            if all(data.tokens[row, place] == choice[row, place - 1] for place in drafted):
+                hits[depth] += logits.topk(4).indices == choice[row, state]
+                seen[depth] += 1
+    assert 0 < seen[2] < seen[1] < seen[0]
+    for batch_size in (5, 12):
+        found = rank_accuracy(drafter, model, data, ranks=4, batch_size=batch_size, greedy=True)
+        assert torch.allclose(found, (hits / seen[:, None]).double(), atol=1e-6)
+
+
 def test_training_leaves_the_target_alone():
     model = make_model(dtype=torch.float32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -364,29 +364,58 @@ def _batches(data: DraftingData, size: int, generator: torch.Generator | None) -
 
 @torch.inference_mode()
 def rank_accuracy(
-    drafter: DraftHeads, model: nn.Module, data: DraftingData, *, ranks: int = 10, batch_size: int = 8
+    drafter: DraftHeads,
+    model: nn.Module,
+    data: DraftingData,
+    *,
+    ranks: int = 10,
+    batch_size: int = 8,
+    greedy: bool = False,
 ) -> Tensor:
-    """How often the token of each rank is the one that came, with the true tokens before it: (depth, ranks)."""
+    """How often the token of each rank is the right one, with the true tokens before it: (depth, ranks).
+
+    Right is the token that came; with `greedy` it is the target's most likely one, where all tokens before it on the
+    path were so too: what greedy decoding accepts, also on text that was sampled.
+    """
     target = Target(model)
     hits: list[Tensor] = []
     seen: list[int] = []
     for first in range(0, len(data), batch_size):
         rows = slice(first, first + batch_size)
         tokens, hidden, mask = (part[rows].to(target.device) for part in (data.tokens, data.hidden, data.mask))
+        on_path = torch.ones_like(mask)
+        if greedy:
+            choice = target.logits(hidden).argmax(-1)
+            likeliest = F.pad(tokens[:, 1:] == choice[:, :-1], (1, 0))
         for depth, prediction in enumerate(drafter.predictions(target, tokens, hidden, mask)):
-            best = prediction.logits.topk(ranks).indices
+            row, index = prediction.positions.T
+            counted = on_path[row, index]
+            best = prediction.logits[counted].topk(ranks).indices
             best = best if drafter.vocabulary is None else drafter.vocabulary[best]
-            right = (best == prediction.labels[:, None]).sum(0).cpu()
+            wanted = (choice[row, index] if greedy else prediction.labels)[counted]
             if depth == len(hits):
                 hits.append(torch.zeros(ranks, dtype=torch.long))
                 seen.append(0)
-            hits[depth] += right
+            hits[depth] += (best == wanted[:, None]).sum(0).cpu()
             seen[depth] += len(best)
+            if greedy:
+                on_path = likeliest & F.pad(on_path[:, :-1], (1, 0))
     return torch.stack([hit / max(1, count) for hit, count in zip(hits, seen, strict=True)]).double()
 
 
-def fit_tree(drafter: DraftHeads, model: nn.Module, held_out: DraftingData, *, nodes: int, ranks: int = 10) -> Tensor:
-    """Give `drafter` the tree of `nodes` drafted nodes that should be accepted furthest; returns the rank accuracy."""
-    accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks)
+def fit_tree(
+    drafter: DraftHeads,
+    model: nn.Module,
+    held_out: DraftingData,
+    *,
+    nodes: int,
+    ranks: int = 10,
+    greedy: bool = True,
+) -> Tensor:
+    """Give `drafter` the tree of `nodes` drafted nodes that should be accepted furthest; returns the rank accuracy.
+
+    Fitted to what greedy decoding accepts, or, without `greedy`, to the text as it was sampled.
+    """
+    accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks, greedy=greedy)
     drafter.tree = TreeShape.best(accuracy, nodes)
     return accuracy

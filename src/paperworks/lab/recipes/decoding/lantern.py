@@ -212,7 +212,7 @@ def _heads(
                 heads, target, data, epochs=epochs, batch_size=16, learning_rate=3e-3,
                 generator=torch.Generator().manual_seed(seed), progress=bar.advance,
             )  # fmt: skip
-        fit_tree(heads, target, held_out, nodes=nodes)
+        fit_tree(heads, target, held_out, nodes=nodes, greedy=False)
         heads.save_pretrained(folder)
 
     key = {
