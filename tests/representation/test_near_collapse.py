@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from paperworks.representation import central_path, near_collapse, orthogonal_collapse
+from paperworks.representation import central_path, implied_beta, near_collapse, orthogonal_collapse
 
 LAMBDAS = {"lam_w": 0.3, "lam_h": 0.2}
 
@@ -154,3 +154,15 @@ def test_bad_input_is_one_clear_sentence(given):
         orthogonal_collapse(3, 4, 2, **LAMBDAS)
     with pytest.raises(ValueError, match="step is above 0"):
         central_path(H0, y, **LAMBDAS, step=0)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+def test_implied_beta_is_the_one_that_the_solver_was_given(given, beta):
+    left = near_collapse(*given, **LAMBDAS, beta=beta).variability_after
+    assert implied_beta(*given, left, **LAMBDAS) == pytest.approx(beta, rel=1e-3)
+
+
+@pytest.mark.parametrize("wanted", [-1.0, 0.0, 5.0, math.nan])
+def test_implied_beta_of_what_no_beta_leaves_is_one_sentence(given, wanted):
+    with pytest.raises(ValueError, match="no beta from 1e-8 to 1e4 leaves a variability of"):
+        implied_beta(*given, wanted, **LAMBDAS)

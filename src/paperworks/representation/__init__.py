@@ -15,6 +15,7 @@ from paperworks.representation.features import layer_features, layers_features
 from paperworks.representation.near_collapse import (
     NearCollapse,
     central_path,
+    implied_beta,
     near_collapse,
     orthogonal_collapse,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "contrastive_loss",
     "exact_wasserstein_dependency",
     "frame_geometry",
+    "implied_beta",
     "informativeness",
     "layer_features",
     "layers_features",

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import brentq, minimize
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
@@ -112,6 +116,71 @@ def near_collapse(
     return NearCollapse(
         H, W, tuple(losses), variability(H0, Y), variability(H, Y), H0, labels, lam_w, lam_h, beta
     )  # fmt: skip
+
+
+def implied_beta(features: Tensor, labels: Tensor, wanted: float, *, lam_w: float, lam_h: float) -> float:
+    """The pull beta at which the near-collapse model leaves as much variability within classes as was measured.
+
+    Of the features of a layer and the variability behind the next one, it says how freely that layer can move them: a
+    small beta stands for an expressive part of a network. The features are minimised over in closed form, and L-BFGS
+    finds the classifier from second moments alone, whatever the number of samples.
+
+    Args:
+        features: H0, (N, d), of the shallower layer.
+        labels: Classes 0..K-1 as whole numbers, as many samples of each, (N,).
+        wanted: tr Sigma_W / tr Sigma_B behind the next layer, above 0 and below that of `features`.
+        lam_w: Decay of the classifier.
+        lam_h: Decay of the features.
+
+    Raises:
+        ValueError: As `near_collapse`, or a variability that no beta from 1e-8 to 1e4 leaves.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> H0, y = torch.randn(12, 7, generator=generator), torch.arange(3).repeat(4)
+        >>> left = near_collapse(H0, y, lam_w=0.3, lam_h=0.2, beta=2.0).variability_after
+        >>> round(implied_beta(H0, y, left, lam_w=0.3, lam_h=0.2), 4)
+        2.0
+    """
+    H0, Y = _checked(features, labels, lam_w, lam_h)
+    (N, K), n = Y.shape, len(Y) / Y.shape[1]
+    eye, second, cross = np.eye(H0.shape[1]), (H0.T @ H0).numpy(), (Y.T @ H0).numpy()
+    start = best_classifier(H0, Y, lam_w).numpy()
+
+    def left(log_beta: float) -> float:
+        beta = math.exp(log_beta)
+
+        def objective(flat: NDArray[Any]) -> tuple[float, NDArray[Any]]:
+            W = flat.reshape(start.shape)
+            # The best features are H = (Y W + beta H0) A^(-1), of which only second moments are needed.
+            inverse = np.linalg.inv(W.T @ W + (lam_h + beta) * eye)
+            pulled = beta * W.T @ cross
+            moments = n * W.T @ W + pulled + pulled.T + beta**2 * second
+            value = (N + beta * np.trace(second) - np.vdot(inverse, moments)) / 2 / N + lam_w / 2 / K * np.vdot(W, W)
+            slope = (W @ inverse @ moments - n * W - beta * cross) @ inverse / N + lam_w / K * W
+            return value, slope.reshape(-1)
+
+        found = minimize(
+            objective, start.reshape(-1), jac=True, method="L-BFGS-B",
+            options={"maxiter": 20_000, "maxfun": 50_000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9},
+        )  # fmt: skip
+        W = torch.from_numpy(found.x).view(start.shape)
+        A = W.T @ W + (lam_h + beta) * _identity(H0.T)
+        return variability(torch.linalg.solve(A, (Y @ W + beta * H0).T).T, Y)
+
+    def excess(log_beta: float) -> float:
+        return math.log(left(log_beta) / wanted)
+
+    # Upwards from small beta, where the classifier is found soonest; each power of ten is tried once.
+    powers = [power * math.log(10) for power in range(-8, 5)]
+    if 0 < wanted < variability(H0, Y) and excess(powers[0]) < 0:
+        for low, high in pairwise(powers):
+            if excess(high) >= 0:
+                return math.exp(brentq(excess, low, high, xtol=1e-4))
+    raise ValueError(
+        f"no beta from 1e-8 to 1e4 leaves a variability of {wanted:g}: that of the features given is "
+        f"{variability(H0, Y):g}, and the one behind the next layer must be lower, and above 0"
+    )
 
 
 def central_path(

@@ -12,6 +12,7 @@ from paperworks.lab.run import Run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from matplotlib.figure import Figure
 
 VARIABILITY = "within / between classes"
@@ -39,7 +40,9 @@ def near_collapse(
 
     Imperfections within classes go through the solver at full collapse and are held against the two factors. Then
     layers are trained one at a time over frozen ones, each with a head of its own, and the variability within classes
-    is measured after each. Last, whole networks are trained to the end with the decay of body or head doubled or left out.
+    is measured after each; of the first network it is said how freely each layer moved its features, as the beta at which
+    the theory's solver would have left as much. Last, whole networks are trained to the end with the decay of body or head
+    doubled or left out.
 
     Args:
         run: Keeps what is measured.
@@ -55,8 +58,8 @@ def near_collapse(
     import numpy as np
     import torch
 
+    from paperworks.representation import implied_beta, orthogonal_collapse
     from paperworks.representation import near_collapse as analysis
-    from paperworks.representation import orthogonal_collapse
 
     betas = (2.0, 10.0, 50.0)
     lam_w, lam_h = 0.3, 0.2
@@ -78,10 +81,11 @@ def near_collapse(
     for name, error in zip(("along the class means", "across them"), off, strict=True):
         run.record("largest error of a shrink factor", error, better="lower", series=name)
 
-    layers = [
+    greedy = [
         _greedy(per_class, width, depth, steps, decay, number)
         for number in run.progress(range(seed, seed + seeds), "layers")
     ]
+    layers = [[_variability(features, labels) for features in seen] for seen, labels in greedy]
     for number, reached in enumerate(zip(*layers, strict=True)):
         run.record(
             VARIABILITY, float(np.mean(reached)), better="lower", series=f"layer {number}" if number else "pixels"
@@ -92,6 +96,13 @@ def near_collapse(
     )  # fmt: skip
     falls = [later < earlier for one in layers for earlier, later in pairwise(one)]
     run.record("layers that lower it", float(np.mean(falls)), better="higher", series="greedy layers")
+    seen, labels = greedy[0]
+    for number in run.progress(range(depth), "implied beta"):
+        if layers[0][number + 1] < layers[0][number]:
+            found_beta = implied_beta(
+                seen[number], labels, layers[0][number + 1], lam_w=10 * decay, lam_h=decay
+            )  # fmt: skip
+            run.record("implied beta", found_beta, better="higher", series=f"layer {number + 1}")
 
     variants = {"both": (1, 1), "body x2": (2, 1), "body 0": (0, 1), "head x2": (1, 2), "head 0": (1, 0)}
     whole = {
@@ -109,12 +120,12 @@ def near_collapse(
     run.figure(_figure(layers, whole))
 
 
-def _greedy(per_class: int, width: int, depth: int, steps: int, decay: float, seed: int) -> list[float]:
-    """Variability of the pixels, and after each layer that was trained over frozen ones."""
+def _greedy(
+    per_class: int, width: int, depth: int, steps: int, decay: float, seed: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Pixels and what each layer makes of them, trained over frozen ones; and the labels."""
     import torch
     from torch import nn
-
-    from paperworks.representation import NeuralCollapse
 
     x, y = digits([per_class] * 10, seed)
     wanted, seen = nn.functional.one_hot(y).float(), [x]
@@ -134,12 +145,15 @@ def _greedy(per_class: int, width: int, depth: int, steps: int, decay: float, se
             descend(parameters, objective, steps)
             with torch.no_grad():
                 seen.append(layer(seen[-1]))
-    found = []
-    for features in seen:
-        metric = NeuralCollapse(10)
-        metric.update(features, y)
-        found.append(float(metric.compute()["nc1_trace_ratio"]))
-    return found
+    return seen, y
+
+
+def _variability(features: torch.Tensor, labels: torch.Tensor) -> float:
+    from paperworks.representation import NeuralCollapse
+
+    metric = NeuralCollapse(10)
+    metric.update(features, labels)
+    return float(metric.compute()["nc1_trace_ratio"])
 
 
 def _whole(per_class: int, width: int, steps: int, of_body: float, of_head: float, seed: int) -> float:
