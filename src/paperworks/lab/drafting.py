@@ -39,6 +39,8 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Answer tokens written, and kept, at once.
 _PART = 12_000
+# How often each rank is right, beside a drafter whose tree has a fixed shape.
+_RANKS = "ranks.safetensors"
 
 
 def cpu_friendly_dtype() -> torch.dtype:
@@ -153,12 +155,15 @@ def trained(
         tokens: Answer tokens that the target writes to train on.
         epochs: Passes over them.
         vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
-        nodes: Drafted tokens a call; a tree of fixed shape is fitted to what held-out text accepts.
+        nodes: Drafted tokens a call; a tree of fixed shape is fitted to what greedy decoding accepts on held-out text. It
+            may differ from call to call: what was trained is kept for all.
         seed: Of text, order and weights.
         temperature: Of the text.
     """
+    from safetensors.torch import load_file, save_file
+
     import paperworks.decoding
-    from paperworks.decoding import Drafter, TreeShape, fit_tree, train_drafter
+    from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
 
     kind, options = DRAFTERS[name]
 
@@ -179,16 +184,21 @@ def trained(
                 generator=torch.Generator().manual_seed(seed), progress=bar.advance,
             )  # fmt: skip
         if isinstance(getattr(drafter, "tree", None), TreeShape):
-            fit_tree(drafter, target, held_out, nodes=nodes)
-        elif hasattr(drafter, "nodes"):
-            drafter.nodes = nodes
+            accuracy = rank_accuracy(drafter, target, held_out, greedy=True)
+            save_file({"accuracy": accuracy}, folder / _RANKS)
         drafter.save_pretrained(folder)
 
     key = {
         "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
-        "vocabulary": vocabulary, "nodes": nodes, "seed": seed, "temperature": temperature, "version": __version__,
+        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "version": __version__,
     }  # fmt: skip
-    return Drafter.from_pretrained(cached_folder("drafters", key, build), target)
+    folder = cached_folder("drafters", key, build)
+    drafter = Drafter.from_pretrained(folder, target)
+    if (folder / _RANKS).exists():
+        drafter.tree = TreeShape.best(load_file(folder / _RANKS)["accuracy"], nodes)  # type: ignore[assignment]
+    elif hasattr(drafter, "nodes"):
+        drafter.nodes = nodes  # type: ignore[assignment]
+    return drafter
 
 
 def pit(

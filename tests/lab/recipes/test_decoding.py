@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from paperworks.lab import execute
+from paperworks.lab.drafting import load_target, trained
 from paperworks.lab.executors import execute as run_recipe
+from paperworks.lab.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,18 @@ def test_hydra_reuses_trained_heads_and_mends_damaged_ones(tmp_path):
     assert new[1:] == times[1:] and new[0] != times[0]
     accepted = [[m.value for m in run.measurements if m.name == "accepted per call"] for run in (first, again)]
     assert accepted[0] == accepted[1]
+
+
+def test_one_training_serves_trees_of_every_size(tmp_path, monkeypatch):
+    target, tokenizer = load_target("tiny-random-llama", dtype=torch.float32)
+    options = {"model": "tiny-random-llama", "tokens": 300, "epochs": 1.0, "vocabulary": 32, "seed": 0}
+    small = trained(Run("hydra"), "Hydra", target, tokenizer, nodes=4, **options)
+    monkeypatch.setattr("paperworks.decoding.train_drafter", None)
+    large = trained(Run("hydra"), "Hydra", target, tokenizer, nodes=7, **options)
+    assert [len(drafter.tree) for drafter in (small, large)] == [5, 8]
+    assert set(small.tree.paths) < set(large.tree.paths)
+    for one, other in zip(small.parameters(), large.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_unknown_model_is_one_sentence():
