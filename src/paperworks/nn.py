@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,8 @@ def pack_linears(model: nn.Module) -> nn.Module:
 
     A product with 2 to 32 rows otherwise rearranges the whole weight matrix at every call, which on a CPU costs more
     than the product itself. Results change by rounding only. It takes the memory of the weights once more. Where
-    gradients are wanted the layers work as before; layers not on a CPU, or not in float32 or bfloat16, are left alone.
+    gradients are wanted, in a deep copy, or once the model is brought to another dtype, the layers work as before; layers
+    not on a CPU, or not in float32 or bfloat16, are left alone.
 
     Args:
         model: A model whose weights will not change any more.
@@ -51,12 +55,33 @@ def pack_linears(model: nn.Module) -> nn.Module:
             continue
         if layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16):
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-            layer.forward = partial(_packed_linear, layer, weight)  # type: ignore[method-assign]
+            layer.forward = _PackedForward(layer, weight)  # type: ignore[method-assign, assignment]
     return model
 
 
-def _packed_linear(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or x.dtype != layer.weight.dtype or not x.numel():
-        return F.linear(x, layer.weight, layer.bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
-    return product
+def packed_scorer(rows: Tensor) -> nn.Module:
+    """Scores x -> x rows^T of frozen `rows` (n, d), laid out as `pack_linears` does.
+
+    Example:
+        >>> packed_scorer(torch.eye(2))(torch.ones(1, 2)).tolist()
+        [[1.0, 1.0]]
+    """
+    scorer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    scorer.weight = nn.Parameter(rows, requires_grad=False)
+    return pack_linears(scorer)
+
+
+class _PackedForward:
+    """A layer's forward by its packed weight; a deep copy of the layer gets its own forward back."""
+
+    def __init__(self, layer: nn.Linear, weight: Tensor) -> None:
+        self.layer, self.weight = layer, weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.dtype != self.weight.dtype or not x.numel():
+            return F.linear(x, self.layer.weight, self.layer.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.layer.bias, "none", [], "")
+        return product
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
+        return MethodType(nn.Linear.forward, copy.deepcopy(self.layer, memo))

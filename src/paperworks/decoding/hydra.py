@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from paperworks.decoding.sampling import Sampling
 from paperworks.decoding.target import Target
 from paperworks.decoding.training import Prediction, distillation_loss
 from paperworks.decoding.tree import TokenTree, TreeShape
+from paperworks.nn import packed_scorer
 
+Score = Callable[[Tensor], Tensor]
 # How often rank r at a depth is right, before anything has been measured: gives a first tree of the paper's size.
 _PRIOR = torch.tensor([[0.5 * 0.85**depth * 0.35**rank for rank in range(10)] for depth in range(8)])
 
@@ -169,16 +172,16 @@ class Hydra(Drafter):
         }
 
     class State(NamedTuple):
-        """Of one generation: the target, rows of its head, and the prefix layer's cache."""
+        """Of one generation: the target, what scores drafts where it is the target's head, and the prefix layer's cache."""
 
         target: Target
-        rows: Tensor | None
+        score: Score | None
         cache: TreeCache | None
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """Look up the rows of the target's head that score drafts."""
-        rows = target.head_rows(self.vocabulary) if self.scorers is None else None
-        return self.State(target, rows, self.prefix.new_cache(batch) if self.prefix is not None else None)
+        score = packed_scorer(target.head_rows(self.vocabulary)) if self.scorers is None else None
+        return self.State(target, score, self.prefix.new_cache(batch) if self.prefix is not None else None)
 
     def propose(
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
@@ -198,7 +201,7 @@ class Hydra(Drafter):
             z = h[:, None].expand(-1, len(paths) if self.conditioned else 1, -1)
             if self.conditioned:
                 z = torch.cat([z, embedded[:, paths].flatten(2)], dim=-1)
-            best = self._scores(head, self.heads[head](z), state.rows).topk(level.width).indices
+            best = self._scores(head, self.heads[head](z), state.score).topk(level.width).indices
             owners = level.owners.to(root.device) if self.conditioned else 0
             children = best[:, owners, level.ranks.to(root.device)]
             if self.vocabulary is not None:
@@ -212,15 +215,18 @@ class Hydra(Drafter):
     def _embed(self, target: Target, tokens: Tensor) -> Tensor:
         return target.embed(tokens) * self.embedding_scale
 
-    def _scores(self, head: int, u: Tensor, rows: Tensor | None) -> Tensor:
+    def _scores(self, head: int, u: Tensor, score: Score | None) -> Tensor:
         if self.scorers is not None:
             return self.scorers[head](u)  # type: ignore[no-any-return]
-        assert rows is not None
-        return F.linear(u, rows.to(u.dtype))
+        assert score is not None
+        return score(u)
 
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What each head says at every position whose label may be used, given the true tokens before it."""
-        rows = target.head_rows(self.vocabulary) if self.scorers is None else None
+        score = None
+        if self.scorers is None:
+            rows = target.head_rows(self.vocabulary)
+            score = partial(F.linear, weight=rows.to(next(self.heads.parameters()).dtype))
         embedded = self._embed(target, tokens).to(hidden.dtype)
         if self.training and self.options["noise"]:
             scale = self.options["noise"] / (hidden.shape[1] * hidden.shape[2]) ** 0.5
@@ -238,7 +244,7 @@ class Hydra(Drafter):
                 parts += [embedded[:, 1 + j : 1 + j + length] for j in range(i + 1)]
             u = head(torch.cat([part[labelled] for part in parts], dim=-1))
             yield Prediction(
-                logits=self._scores(i, u, rows),
+                logits=self._scores(i, u, score),
                 labels=tokens[:, 2 + i :][labelled],
                 positions=labelled.nonzero() + torch.tensor([0, 1 + i], device=tokens.device),
                 state=u,

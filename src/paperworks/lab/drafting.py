@@ -164,6 +164,7 @@ def trained(
 
     import paperworks.decoding
     from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
+    from paperworks.nn import pack_linears
 
     kind, options = DRAFTERS[name]
 
@@ -198,6 +199,7 @@ def trained(
         drafter.tree = TreeShape.best(load_file(folder / _RANKS)["accuracy"], nodes)  # type: ignore[assignment]
     elif hasattr(drafter, "nodes"):
         drafter.nodes = nodes  # type: ignore[assignment]
+    pack_linears(drafter)
     return drafter
 
 
