@@ -25,8 +25,8 @@ def test_every_row_is_measured(draft):
         assert 1 <= accepted <= (5 if name == ROWS[0] else 3)
         assert 0 < figures["memory-bound speed-up", name, None].value < accepted
         assert 0 < figures["drafting share", name, None].value < 1
-        # Eleven tokens behind the first, of two prompts, by 1 to 5 a call.
-        assert 6 <= figures["calls", name, None].value <= 22
+        # At most eleven tokens behind the first, of two prompts; a text may end before.
+        assert 1 <= figures["calls", name, None].value <= 22
     for name in ROWS[2:]:
         assert figures["same text", name, None].value == 2
         for other in ROWS[:2]:
