@@ -100,9 +100,9 @@ def posterior_collapse(
         train(model, lambda batch: loss(batch, own), rows, epochs, 128, own)
         return float(PosteriorCollapse.from_encoder(model.encode, rows.split(512)).compute().active_units)
 
-    def conditional(rows: torch.Tensor, given: int, beta: float, number: int) -> float:
+    def conditional(rows: torch.Tensor, given: int, beta: float, hidden: int, number: int) -> float:
         torch.manual_seed(seed + number)
-        model = VAE(rows.shape[1], latent, (16,), given)
+        model = VAE(rows.shape[1], latent, (hidden,), given)
         return measured_share(model, lambda batch, own: model.loss(batch, beta, eta_dec, own), rows, number)
 
     def hierarchical(number: int, beta1: float = 1.0, beta2: float = 1.0, eta_dec: float = eta_dec) -> float:
@@ -113,12 +113,12 @@ def posterior_collapse(
     def predicted_share(x: torch.Tensor, y: torch.Tensor, beta: float) -> float:
         return 1 - linear_cvae_solution(x, y, latent, beta=beta, eta_dec=eta_dec).n_collapsed / latent
 
-    def against_prediction(name: str, cases: dict[float, tuple[torch.Tensor, int, float]]) -> Sweep:
+    def against_prediction(name: str, hidden: int, cases: dict[float, tuple[torch.Tensor, int, float]]) -> Sweep:
         """Active units predicted and measured, for each value of what is swept: its rows, columns given, and beta."""
         sweep = Sweep(list(cases), [], [])
         for value, (rows, given, beta) in run.progress(list(cases.items()), f"conditional VAEs, {name}"):
             sweep.predicted.append(predicted_share(rows[:, :given].double(), rows[:, given:].double(), beta))
-            sweep.found.append([conditional(rows, given, beta, number) for number in range(seeds)])
+            sweep.found.append([conditional(rows, given, beta, hidden, number) for number in range(seeds)])
             series = f"{name} {value:g}"
             run.record("active units predicted", sweep.predicted[-1], better="higher", series=series)
             run.record("active units", fmean(sweep.found[-1]), better="higher", series=series)
@@ -133,8 +133,9 @@ def posterior_collapse(
         y, noise = torch.randn(2, len(rows), latent, generator=own)
         return torch.cat([rho * y + (1 - rho**2) ** 0.5 * noise, y], 1)
 
-    digits = against_prediction("beta", {beta: (single, given, beta) for beta in _BETAS})
-    gaussian = against_prediction("rho", {rho: (correlated(rho), latent, 1.0) for rho in _RHOS})
+    digits = against_prediction("beta", 16, {beta: (single, given, beta) for beta in _BETAS})
+    # With few hidden units the decoder could not copy x, and the variables would have to.
+    gaussian = against_prediction("rho", 8 * latent, {rho: (correlated(rho), latent, 1.0) for rho in _RHOS})
     for name, values in {"beta1": (0.5, 1.0, 4.0), "beta2": (0.5, 1.0, 4.0), "eta_dec": (0.25, 0.5, 1.0)}.items():
         for value in run.progress(values, f"hierarchical VAEs, {name}"):
             shares = [hierarchical(number, **{name: value}) for number in range(seeds)]
@@ -144,7 +145,7 @@ def posterior_collapse(
         predicted_share(x, y, 1.0)
 
     def training() -> None:
-        conditional(single, given, 1.0, 0)
+        conditional(single, given, 1.0, 16, 0)
 
     run.compare(baseline=("training and measuring", training), method={"closed form": closed_form}, repeats=1, warmup=0)
     run.figure(_figure(pairs, {"beta, digits": digits, "rho, Gaussian": gaussian}))
