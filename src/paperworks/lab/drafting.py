@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -59,6 +60,9 @@ def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
     from paperworks.lab.hub import load_model
     from paperworks.nn import pack_linears
 
+    if not torch.cuda.is_available():
+        # Under a mask too, attention shares keys between heads and does not copy them for each.
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     target, tokenizer = load_model(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
     return pack_linears(target), tokenizer
 
