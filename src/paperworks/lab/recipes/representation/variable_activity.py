@@ -136,5 +136,5 @@ def _figure(bars: dict[str, dict[str, float]], origin: dict[int, tuple[float, fl
         axes.bar(at, [values[name] for values in bars.values() if name in values], 0.18, label=name)
     axes.set(ylabel="total correlation, nats", yscale="log")
     axes.set_xticks(range(len(bars)), list(bars))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
