@@ -51,7 +51,10 @@ def results_table(run: Run, paper: Paper) -> Table:
     from rich.table import Table
 
     headings, rows = tall(*grid(run.measurements))
-    table = Table(title=f"{' and '.join(paper.names)}: {paper.title}", title_justify="left", caption_justify="left")
+    # No padding: beside lines it is not missed, and six columns then hold long words unbroken in a narrow terminal.
+    table = Table(
+        title=f"{' and '.join(paper.names)}: {paper.title}", title_justify="left", caption_justify="left", padding=0
+    )
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
