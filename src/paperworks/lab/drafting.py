@@ -170,6 +170,8 @@ def trained(
     from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
     from paperworks.nn import pack_linears
 
+    if nodes < 1:
+        raise UsageError(f"a call drafts at least 1 token, got nodes={nodes}: leave drafting out with plain decoding")
     kind, options = DRAFTERS[name]
 
     def build(folder: Path) -> None:

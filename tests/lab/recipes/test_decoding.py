@@ -57,6 +57,12 @@ def test_one_training_serves_trees_of_every_size(tmp_path, monkeypatch):
         assert torch.equal(one, other)
 
 
+def test_no_nodes_is_one_sentence_before_anything_is_trained(tmp_path):
+    run = execute("hydra", scale="tiny", parameters={"nodes": 0}, show_progress=False)
+    assert run.status == "failed" and "at least 1 token, got nodes=0" in run.error
+    assert getattr(run.exception, "exit_status", 1) == 2 and not (tmp_path / "paperworks").exists()
+
+
 def test_unknown_model_is_one_sentence():
     run = execute("hydra", scale="tiny", parameters={"model": "no-such-model"}, show_progress=False)
     assert run.status == "failed" and "no-such-model" in run.error and getattr(run.exception, "exit_status", 1) == 2
