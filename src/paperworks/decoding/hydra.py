@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -180,7 +179,10 @@ class Hydra(Drafter):
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """Look up the rows of the target's head that score drafts."""
-        score = packed_scorer(target.head_rows(self.vocabulary)) if self.scorers is None else None
+        score = self._head_score(target)
+        if self.scorers is None and self.vocabulary is not None:
+            # Few rows; to pack a whole head for each generation could cost more than it saves.
+            score = packed_scorer(target.head_rows(self.vocabulary))
         return self.State(target, score, self.prefix.new_cache(batch) if self.prefix is not None else None)
 
     def propose(
@@ -215,6 +217,13 @@ class Hydra(Drafter):
     def _embed(self, target: Target, tokens: Tensor) -> Tensor:
         return target.embed(tokens) * self.embedding_scale
 
+    def _head_score(self, target: Target) -> Score | None:
+        """Scoring by the target's head, where the draft heads have no scorers of their own."""
+        if self.scorers is not None:
+            return None
+        rows = target.head_rows(self.vocabulary)
+        return lambda u: F.linear(u, rows.to(u.dtype))
+
     def _scores(self, head: int, u: Tensor, score: Score | None) -> Tensor:
         if self.scorers is not None:
             return self.scorers[head](u)  # type: ignore[no-any-return]
@@ -223,10 +232,7 @@ class Hydra(Drafter):
 
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What each head says at every position whose label may be used, given the true tokens before it."""
-        score = None
-        if self.scorers is None:
-            rows = target.head_rows(self.vocabulary)
-            score = partial(F.linear, weight=rows.to(next(self.heads.parameters()).dtype))
+        score = self._head_score(target)
         embedded = self._embed(target, tokens).to(hidden.dtype)
         if self.training and self.options["noise"]:
             scale = self.options["noise"] / (hidden.shape[1] * hidden.shape[2]) ** 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -168,10 +168,11 @@ def implied_beta(features: Tensor, labels: Tensor, wanted: float, *, lam_w: floa
         A = W.T @ W + (lam_h + beta) * _identity(H0.T)
         return variability(torch.linalg.solve(A, (Y @ W + beta * H0).T).T, Y)
 
+    @cache
     def excess(log_beta: float) -> float:
         return math.log(left(log_beta) / wanted)
 
-    # Upwards from small beta, where the classifier is found soonest; each power of ten is tried once.
+    # Upwards from small beta, where the classifier is found soonest.
     powers = [power * math.log(10) for power in range(-8, 5)]
     if 0 < wanted < variability(H0, Y) and excess(powers[0]) < 0:
         for low, high in pairwise(powers):

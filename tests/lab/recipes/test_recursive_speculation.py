@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from paperworks.lab.executors import execute
 
@@ -15,7 +16,9 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("draft", ["first layer", "tiny-random-llama"])
-def test_every_row_is_measured(draft):
+def test_every_row_is_measured(draft, monkeypatch):
+    # In bfloat16, where the processor has it, a text may end early.
+    monkeypatch.setattr("paperworks.lab.drafting.cpu_friendly_dtype", lambda: torch.float32)
     run = execute("recursive-speculation", scale="tiny", parameters={"draft": draft}, show_progress=False)
     assert run.status == "finished", run.traceback
     figures = {(m.name, m.series, m.against): m for m in run.measurements}
@@ -25,8 +28,8 @@ def test_every_row_is_measured(draft):
         assert 1 <= accepted <= (5 if name == ROWS[0] else 3)
         assert 0 < figures["memory-bound speed-up", name, None].value < accepted
         assert 0 < figures["drafting share", name, None].value < 1
-        # At most eleven tokens behind the first, of two prompts; a text may end before.
-        assert 1 <= figures["calls", name, None].value <= 22
+        # Eleven tokens behind the first, of two prompts, by 1 to 5 a call.
+        assert 6 <= figures["calls", name, None].value <= 22
     for name in ROWS[2:]:
         assert figures["same text", name, None].value == 2
         for other in ROWS[:2]:

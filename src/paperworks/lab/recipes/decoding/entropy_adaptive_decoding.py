@@ -90,7 +90,6 @@ def entropy_adaptive_decoding(
     """
     from paperworks.decoding import EntropyAdaptiveDecoding, EntropySwitch, generate
     from paperworks.lab.drafting import DRAFTERS, cpu_friendly_dtype, encode, load_target, trained
-    from paperworks.nn import pack_linears
 
     if not temperature > 0:
         raise UsageError(f"temperature is above 0 where texts are sampled, given {temperature}")
@@ -101,7 +100,7 @@ def entropy_adaptive_decoding(
             run, small, large, tokenizer, model=model, tokens=train_tokens, epochs=epochs,
             vocabulary=vocabulary, nodes=1, seed=seed,
         )  # fmt: skip
-        little, words = pack_linears(student.draft), tokenizer
+        little, words = student.draft, tokenizer
     else:
         little, words = load_target(small, dtype=cpu_friendly_dtype())
     ids = [encode(tokenizer, text).to(large.device) for text in questions]

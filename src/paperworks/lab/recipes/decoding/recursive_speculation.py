@@ -111,7 +111,7 @@ def recursive_speculation(
         )  # fmt: skip
         options = {"draft": source.draft, "vocabulary": source.vocabulary}
     else:
-        options = {"draft": load_model(draft, dtype=target.dtype, device=target.device)[0]}
+        options = {"draft": pack_linears(load_model(draft, dtype=target.dtype, device=target.device)[0])}
     width = nodes // depth
     trees: dict[str, TreeSampler] = {
         _SINGLE: ConstantBranching((1,) * nodes),
@@ -125,7 +125,6 @@ def recursive_speculation(
     if equality_prompts:
         ours = {name: drafters[name] for name in _OURS}
         compare_texts(run, model, prompts, equality_prompts, new_tokens, ours)
-    pack_linears(options["draft"])
     share = _share(drafters[_SINGLE], target)
     emitted: dict[str, list[list[int]]] = {name: [[] for _ in ids] for name in drafters}
     calls: dict[str, list[int]] = {name: [0] * len(ids) for name in drafters}
