@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paperworks.decoding import (
@@ -22,6 +25,7 @@ from paperworks.decoding import (
     train_drafter,
 )
 from paperworks.decoding.drafter import Committed
+from paperworks.decoding.training import soft_cross_entropy
 from tests.decoding.conftest import TREE, make_model, scramble
 
 CHAIN = [(0,), (0, 0), (0, 0, 0)]
@@ -298,12 +302,13 @@ def test_drafting_data_survives_saving(tmp_path):
 
 
 class Words:
-    """A tokenizer with a chat template: <system> question <answer>."""
+    """A tokenizer with a chat template: <system> question <answer> answer <user> question <answer>."""
 
     eos_token_id, bos_token_id, chat_template = 0, None, "yes"
 
     def apply_chat_template(self, messages, **options):
-        return f"ab{messages[0]['content']}c"
+        first, reply, then = (message["content"] for message in messages)
+        return f"ab{first}c{reply}d{then}c"
 
     def encode(self, text, **options):
         return [ord(letter) - 96 for letter in text]
@@ -326,6 +331,36 @@ def test_text_is_written_through_the_chat_template():
         assert context[:2] == [1, 2] and context[-1] == 3 and 0 not in context
         alone = generate(model, torch.tensor([context]), max_new_tokens=8, eos_token_id=0).new_tokens[0]
         assert answer == alone
+
+
+def test_questions_are_asked_behind_examples_that_answers_do_not_see():
+    model = make_model(dtype=torch.float32)
+    examples = ["ef", "ghi", "jk"]
+    pairs = self_written(
+        model, Words(), tokens=60, answer_tokens=4, question_tokens=4, question_temperature=0.0, temperature=0.0,
+        examples=examples, shown=2, batch_size=30, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    asked = {
+        tuple(token for token in generate(model, ids, max_new_tokens=4, eos_token_id=0).new_tokens[0] if token)
+        for pair in itertools.permutations(examples, 2)
+        for ids in [torch.tensor([[1, 2, *(token for text in pair for token in [*Words().encode(text), 4])]])]
+    }
+    assert len(asked) > 1
+    assert {tuple(context[2:-1]) for context, _ in pairs} == asked
+    for context, answer in pairs:
+        assert answer == generate(model, torch.tensor([context]), max_new_tokens=4, eos_token_id=0).new_tokens[0]
+
+
+@pytest.mark.parametrize("positions", [1, 5, 70])
+def test_soft_cross_entropy_and_its_slope_are_those_of_torch(positions):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(positions, 90)).requires_grad_()
+    laws, which = torch.randn(6, 90).softmax(-1), torch.randint(0, 6, (positions,))
+    ours = soft_cross_entropy(logits, laws, which)
+    theirs = F.cross_entropy(logits, laws[which])
+    torch.testing.assert_close(ours, theirs)
+    slopes = [torch.autograd.grad(3 * loss, logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*slopes)
 
 
 @pytest.mark.parametrize(

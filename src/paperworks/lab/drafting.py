@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,11 @@ def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> t
     )
 
 
+def _example_questions() -> list[str]:
+    """What users ask, beside which the model asks itself more; none of `paperworks.lab.hub.prompts`, which stay held out."""
+    return resources.files("paperworks.lab").joinpath("questions.txt").read_text(encoding="utf-8").splitlines()
+
+
 def drafting_data(
     run: Run, target: Any, tokenizer: Any, *, model: str, tokens: int, seed: int, temperature: float
 ) -> DraftingData:
@@ -110,6 +116,7 @@ def drafting_data(
     from paperworks.decoding import DraftingData, collect, self_written
 
     size = min(_PART, tokens)
+    examples = _example_questions()
     parts = []
     with run.progress(tokens, "the target writes its training text") as bar:
         for part in range(-(-tokens // size)):
@@ -119,14 +126,15 @@ def drafting_data(
 
                 generator = torch.Generator(target.device).manual_seed(1000 * seed + part)
                 pairs = self_written(
-                    target, tokenizer, tokens=size, temperature=temperature, batch_size=max(1, min(128, size // 100)),
-                    generator=generator, progress=bar.advance,
+                    target, tokenizer, tokens=size, temperature=temperature, question_temperature=1.0,
+                    examples=examples, batch_size=max(1, min(128, size // 100)), generator=generator,
+                    progress=bar.advance,
                 )  # fmt: skip
                 collect(target, pairs).save(folder / "data.safetensors")
 
             key = {
                 "model": model_identity(model, target), "tokens": size, "part": part, "seed": seed,
-                "temperature": temperature, "version": __version__,
+                "temperature": temperature, "examples": examples, "version": __version__,
             }  # fmt: skip
             folder = cached_folder("drafting-data", key, build)
             parts.append(DraftingData.load(folder / "data.safetensors"))
@@ -197,7 +205,8 @@ def trained(
 
     key = {
         "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
-        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "version": __version__,
+        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "examples": _example_questions(),
+        "version": __version__,
     }  # fmt: skip
     folder = cached_folder("drafters", key, build)
     drafter = Drafter.from_pretrained(folder, target)
