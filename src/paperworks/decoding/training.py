@@ -262,26 +262,31 @@ def distillation_loss(
 
     With a reduced `vocabulary` the target's law is renormalised over it, and labels outside it teach nothing.
     """
-    rows = target.head_rows(vocabulary)
+    predictions = [prediction for prediction in predictions if len(prediction.labels)]
     total = hidden.new_zeros((), dtype=torch.float32)
+    if not predictions:
+        return total
     if teacher_weight:
+        # Depths ask for the same states, and nobody for those of the questions.
+        places, which = torch.cat([prediction.positions for prediction in predictions]).unique(
+            dim=0, return_inverse=True
+        )
+        rows = target.head_rows(vocabulary).to(hidden.dtype)
         with torch.no_grad():
-            teacher = target.logits(hidden, rows.to(hidden.dtype)).float().softmax(-1)
+            laws = target.logits(hidden[places[:, 0], places[:, 1]], rows).float().softmax(-1)
+        of_depth = iter(which.split([len(prediction.labels) for prediction in predictions]))
     if vocabulary is not None and label_weight:
         place = torch.full((target.vocab_size,), -100, device=hidden.device)
         place[vocabulary] = torch.arange(len(vocabulary), device=hidden.device)
     for logits, labels, positions, state in predictions:
-        if not len(labels):
-            continue
         if label_weight:
             wanted = labels if vocabulary is None else place[labels]
             if bool((wanted >= 0).any()):
                 total = total + label_weight * F.cross_entropy(logits.float(), wanted, ignore_index=-100)
-        row, index = positions.T
         if teacher_weight:
-            law = teacher.flatten(0, 1), row * hidden.shape[1] + index
-            total = total + teacher_weight * soft_cross_entropy(logits, *law)
+            total = total + teacher_weight * soft_cross_entropy(logits, laws, next(of_depth))
         if state_weight:
+            row, index = positions.T
             total = total + state_weight * F.smooth_l1_loss(state.float(), hidden[row, index].float())
     return total
 

@@ -111,7 +111,8 @@ def drafting_data(
     """Text that the target wrote itself, with its hidden states; the same for every drafter.
 
     It is written and kept in parts, so that a run that was stopped goes on where it was, and a longer one begins with
-    what a shorter one wrote.
+    what a shorter one wrote. Every other part answers what the model asks by itself, which is what it knows best; the rest
+    what it asks behind examples, for by itself it asks much the same few things.
     """
     from paperworks.decoding import DraftingData, collect, self_written
 
@@ -120,21 +121,22 @@ def drafting_data(
     parts = []
     with run.progress(tokens, "the target writes its training text") as bar:
         for part in range(-(-tokens // size)):
+            index, behind_examples = divmod(part, 2)
+            asking = {"examples": examples, "question_temperature": 1.0} if behind_examples else {}
 
-            def build(folder: Path, part: int = part) -> None:
+            def build(folder: Path, index: int = index, asking: dict[str, Any] = asking) -> None:
                 import torch
 
-                generator = torch.Generator(target.device).manual_seed(1000 * seed + part)
+                generator = torch.Generator(target.device).manual_seed(1000 * seed + index)
                 pairs = self_written(
-                    target, tokenizer, tokens=size, temperature=temperature, question_temperature=1.0,
-                    examples=examples, batch_size=max(1, min(128, size // 100)), generator=generator,
-                    progress=bar.advance,
+                    target, tokenizer, tokens=size, temperature=temperature,
+                    batch_size=max(1, min(128, size // 100)), generator=generator, progress=bar.advance, **asking,
                 )  # fmt: skip
                 collect(target, pairs).save(folder / "data.safetensors")
 
             key = {
-                "model": model_identity(model, target), "tokens": size, "part": part, "seed": seed,
-                "temperature": temperature, "examples": examples, "version": __version__,
+                "model": model_identity(model, target), "tokens": size, "part": index, "seed": seed,
+                "temperature": temperature, "version": __version__, **asking,
             }  # fmt: skip
             folder = cached_folder("drafting-data", key, build)
             parts.append(DraftingData.load(folder / "data.safetensors"))
