@@ -180,8 +180,8 @@ def unconstrained_features(
     """Minimise the unconstrained feature model: features are free, and only the linear layers behind them are a network.
 
     The objective is |W_M ... W_1 H (+ b) - Y|^2 / 2N, or mean cross-entropy, + lam_w/2 sum |W_j|^2 + lam_h/2 |H|^2; the bias
-    is free of decay. All restarts are minimised by L-BFGS in float64 and the best is kept, since for two layers and more
-    zero is a local minimum.
+    is free of decay. All restarts are minimised by L-BFGS in float64 and the best is kept and brought to a gradient of 0,
+    since for two layers and more zero is a local minimum.
 
     Args:
         counts: Samples of each class.
@@ -217,37 +217,31 @@ def unconstrained_features(
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     one_hot = F.one_hot(labels).double()
 
-    def descended() -> UnconstrainedFeatures:
-        shapes = [(dim, dim)] * (depth - 1) + [(len(sizes), dim), (len(labels), dim)]
-        start = [torch.randn(shape, dtype=torch.float64, generator=generator) / math.sqrt(dim) for shape in shapes]
-        *weights, features = (tensor.requires_grad_() for tensor in start)
-        shift = torch.zeros(len(sizes), dtype=torch.float64, requires_grad=bias)
+    def objective(weights: Sequence[Tensor], features: Tensor, shift: Tensor) -> Tensor:
+        scores = features
+        for weight in weights:
+            scores = scores @ weight.T
+        scores = scores + shift
+        error = F.cross_entropy(scores, labels) if loss == "ce" else (scores - one_hot).square().sum() / 2 / len(labels)
+        decay = lam_w * sum(weight.square().sum() for weight in weights) + lam_h * features.square().sum()
+        return error + decay / 2
 
-        def objective() -> Tensor:
-            scores = features
-            for weight in weights:
-                scores = scores @ weight.T
-            scores = scores + shift
-            error = (
-                F.cross_entropy(scores, labels) if loss == "ce" else (scores - one_hot).square().sum() / 2 / len(labels)
-            )
-            decay = lam_w * sum(weight.square().sum() for weight in weights) + lam_h * features.square().sum()
-            return error + decay / 2
-
-        free = [*weights, features, *([shift] if bias else [])]
+    def descended(start: UnconstrainedFeatures, line_search: str | None) -> UnconstrainedFeatures:
+        weights, features = [weight.requires_grad_() for weight in start.weights], start.features.requires_grad_()
+        shift = torch.zeros(len(sizes), dtype=torch.float64) if start.bias is None else start.bias.requires_grad_()
         optimizer = torch.optim.LBFGS(
-            free, max_iter=steps, history_size=50, tolerance_grad=1e-12, tolerance_change=1e-16,
-            line_search_fn="strong_wolfe",
+            [*weights, features, *([shift] if bias else [])], max_iter=steps, history_size=50, tolerance_grad=4e-12,
+            tolerance_change=1e-16 if line_search else 0, line_search_fn=line_search,
         )  # fmt: skip
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = objective()
+            value = objective(weights, features, shift)
             value.backward()
             return value
 
         optimizer.step(closure)
-        value = float(objective().detach())
+        value = float(objective(weights, features, shift).detach())
         return UnconstrainedFeatures(
             features.detach(),
             labels,
@@ -256,4 +250,14 @@ def unconstrained_features(
             value,
         )
 
-    return min((descended() for _ in range(restarts)), key=lambda found: found.loss)
+    def drawn() -> UnconstrainedFeatures:
+        shapes = [(dim, dim)] * (depth - 1) + [(len(sizes), dim), (len(labels), dim)]
+        *weights, features = (
+            torch.randn(shape, dtype=torch.float64, generator=generator) / math.sqrt(dim) for shape in shapes
+        )
+        shift = torch.zeros(len(sizes), dtype=torch.float64) if bias else None
+        return UnconstrainedFeatures(features, labels, tuple(weights), shift, math.inf)
+
+    best = min((descended(drawn(), "strong_wolfe") for _ in range(restarts)), key=lambda found: found.loss)
+    # Where losses differ by less than their rounding a line search stops; gradients still show the way.
+    return descended(best, None)
