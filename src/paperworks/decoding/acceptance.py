@@ -40,6 +40,10 @@ def longest_path(tree: TokenTree, agreed: Tensor, score: Tensor | None = None) -
 
     `next_tokens` is left at -1 for the caller to choose.
     """
+    if tree.tokens.shape[1] == 1:
+        # Plain decoding comes here at every token.
+        root = tree.tokens.new_zeros(len(tree.tokens), 1)
+        return Accepted(root, root[:, 0] + 1, root[:, 0] - 1)
     agreed = agreed | (tree.parents < 0)
     whole = (agreed[:, None, :] | ~tree.ancestors).all(-1) & tree.ancestors[:, :, 0]
     depth = torch.where(whole, tree.depths, -1)
