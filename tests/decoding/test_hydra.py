@@ -311,7 +311,7 @@ class Words:
         return f"ab{first}c{reply}d{then}c"
 
     def encode(self, text, **options):
-        return [ord(letter) - 96 for letter in text]
+        return [5 if letter == "\n" else ord(letter) - 96 for letter in text]
 
 
 def test_text_is_written_through_the_chat_template():
@@ -349,6 +349,17 @@ def test_questions_are_asked_behind_examples_that_answers_do_not_see():
     assert {tuple(context[2:-1]) for context, _ in pairs} == asked
     for context, answer in pairs:
         assert answer == generate(model, torch.tensor([context]), max_new_tokens=4, eos_token_id=0).new_tokens[0]
+
+
+def test_a_model_without_a_template_writes_on_behind_examples_one_to_a_line():
+    model = make_model(dtype=torch.float32)
+    tokenizer = Words()
+    tokenizer.chat_template = None
+    options = {"answer_tokens": 4, "question_tokens": 4, "question_temperature": 0.0, "temperature": 0.0}
+    for examples, start in (((), [0]), (["ghi"], [0, 7, 8, 9, 5])):
+        pairs = self_written(model, tokenizer, tokens=4, batch_size=2, examples=examples, **options)
+        asked = generate(model, torch.tensor([start]), max_new_tokens=4, eos_token_id=0).new_tokens[0]
+        assert {tuple(context) for context, _ in pairs} == {(0, *(token for token in asked if token))}
 
 
 @pytest.mark.parametrize("positions", [1, 5, 70])

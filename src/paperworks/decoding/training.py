@@ -127,7 +127,7 @@ def self_written(
     A chat model is given its template up to where the user would speak, and samples a question; the answer follows
     through the template at `temperature`. With `examples` it samples the question behind a few of them, as if a user had
     asked those before, and the answer does not see them: by itself a small model asks much the same few things. A model
-    without a chat template continues from its beginning-of-sequence token.
+    without a chat template continues from its beginning-of-sequence token, behind examples one to a line.
 
     Args:
         model: The target.
@@ -191,7 +191,7 @@ def _user_turn(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the chat template before what a user says first, before what they say next, and behind it."""
     if not getattr(tokenizer, "chat_template", None):
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [first if first is not None else 0], [], []
+        return [first if first is not None else 0], tokenizer.encode("\n", add_special_tokens=False), []
     marker = "\N{INTERROBANG}"
     # Many templates refuse two turns of a user in a row.
     turns = [{"role": role, "content": marker} for role in ("user", "assistant", "user")]
