@@ -179,10 +179,12 @@ class Hydra(Drafter):
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """Look up the rows of the target's head that score drafts."""
-        score = self._head_score(target)
+        score: Score | None
         if self.scorers is None and self.vocabulary is not None:
             # Few rows; to pack a whole head for each generation could cost more than it saves.
             score = packed_scorer(target.head_rows(self.vocabulary))
+        else:
+            score = self._head_score(target)
         return self.State(target, score, self.prefix.new_cache(batch) if self.prefix is not None else None)
 
     def propose(

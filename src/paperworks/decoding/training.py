@@ -266,28 +266,26 @@ def distillation_loss(
     total = hidden.new_zeros((), dtype=torch.float32)
     if not predictions:
         return total
+    # Depths ask for the same states, and nobody for those of the questions.
+    asked, which = torch.cat([prediction.positions for prediction in predictions]).unique(dim=0, return_inverse=True)
+    states = hidden[asked[:, 0], asked[:, 1]]
     if teacher_weight:
-        # Depths ask for the same states, and nobody for those of the questions.
-        places, which = torch.cat([prediction.positions for prediction in predictions]).unique(
-            dim=0, return_inverse=True
-        )
         rows = target.head_rows(vocabulary).to(hidden.dtype)
         with torch.no_grad():
-            laws = target.logits(hidden[places[:, 0], places[:, 1]], rows).float().softmax(-1)
-        of_depth = iter(which.split([len(prediction.labels) for prediction in predictions]))
+            laws = target.logits(states, rows).float().softmax(-1)
     if vocabulary is not None and label_weight:
         place = torch.full((target.vocab_size,), -100, device=hidden.device)
         place[vocabulary] = torch.arange(len(vocabulary), device=hidden.device)
-    for logits, labels, positions, state in predictions:
+    of_depth = which.split([len(prediction.labels) for prediction in predictions])
+    for (logits, labels, _, state), seen in zip(predictions, of_depth, strict=True):
         if label_weight:
             wanted = labels if vocabulary is None else place[labels]
             if bool((wanted >= 0).any()):
                 total = total + label_weight * F.cross_entropy(logits.float(), wanted, ignore_index=-100)
         if teacher_weight:
-            total = total + teacher_weight * soft_cross_entropy(logits, laws, next(of_depth))
+            total = total + teacher_weight * soft_cross_entropy(logits, laws, seen)
         if state_weight:
-            row, index = positions.T
-            total = total + state_weight * F.smooth_l1_loss(state.float(), hidden[row, index].float())
+            total = total + state_weight * F.smooth_l1_loss(state.float(), states[seen].float())
     return total
 
 
