@@ -80,8 +80,8 @@ class DraftModel(Target):
         positions = torch.tensor(committed, device=self.device)[:, None] + tree.depths[:, known:]
         if self.context is not None:
             positions = positions.clamp(max=self.context - 1)
-        mask: Any = self._mask(tree, committed)
-        mask = {kind: m[:, :, known:] for kind, m in mask.items()} if isinstance(mask, dict) else mask[:, :, known:]
+        # A mask of its own for these nodes: some CUDA kernels of attention cannot read one that begins inside another.
+        mask = self._mask(tree, committed, known)
         keep = 0 if self.vocabulary is None else torch.empty(0, dtype=torch.long, device=self.device)
         # New nodes go into the slots behind those read before, where the mask expects them.
         self.cache.lengths[:] = [length + known for length in committed]

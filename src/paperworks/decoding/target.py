@@ -160,29 +160,32 @@ class Target:
             )
         return output.logits, self._seen.pop()
 
-    def _mask(self, tree: TokenTree, lengths: list[int]) -> Any:
-        full = tree_mask(tree, lengths, self.dtype)
+    def _mask(self, tree: TokenTree, lengths: list[int], first: int = 0) -> Any:
+        full = tree_mask(tree, lengths, self.dtype, first=first)
         if not self.windowed:
             return full
-        return {"full_attention": full, "sliding_attention": tree_mask(tree, lengths, self.dtype, self.window)}
+        windowed = tree_mask(tree, lengths, self.dtype, self.window, first=first)
+        return {"full_attention": full, "sliding_attention": windowed}
 
 
-def tree_mask(tree: TokenTree, lengths: list[int], dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Additive attention mask of a tree behind committed tokens, shape (batch, 1, nodes, longest + nodes).
+def tree_mask(
+    tree: TokenTree, lengths: list[int], dtype: torch.dtype, window: int | None = None, *, first: int = 0
+) -> Tensor:
+    """Additive attention mask of a tree behind committed tokens, shape (batch, 1, nodes - first, longest + nodes).
 
     A node sees the committed tokens of its row, its ancestors and itself, and nothing else; with `window`, only those
-    of them that are fewer than `window` positions behind it.
+    of them that are fewer than `window` positions behind it. Rows are those of the nodes from `first` on.
     """
     batch, nodes = tree.tokens.shape
     device, longest = tree.tokens.device, max(lengths)
     behind = torch.tensor(lengths, device=device)[:, None]
     slots = torch.arange(longest + nodes, device=device)
-    seen = (slots < behind)[:, None].repeat(1, nodes, 1)
-    own = (behind + torch.arange(nodes, device=device))[:, None].expand(-1, nodes, -1)
-    seen.scatter_(2, own, tree.ancestors)
+    seen = (slots < behind)[:, None].repeat(1, nodes - first, 1)
+    own = behind + torch.arange(nodes, device=device)
+    seen.scatter_(2, own[:, None].expand(-1, nodes - first, -1), tree.ancestors[:, first:])
     if window is not None:
         position = behind + tree.depths
-        slot_position = slots.expand(batch, -1).scatter(1, own[:, 0], position)
-        seen &= position[:, :, None] - slot_position[:, None] < window
+        slot_position = slots.expand(batch, -1).scatter(1, own, position)
+        seen &= position[:, first:, None] - slot_position[:, None] < window
     zero = torch.zeros((), dtype=dtype, device=device)
     return torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
