@@ -485,6 +485,6 @@ def test_the_real_folder_holds_what_it_should(monkeypatch: pytest.MonkeyPatch) -
 def test_the_real_tables_are_as_known(short: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAPERWORKS_DATA", str(DATA))
     data: Any = load_dataset(f"uci:{short}")
-    known = hub_data._UCI[short]
+    known = hub_data.hosted.UCI[short]
     assert data.X.shape == (known.rows, known.features) and data.y.shape == (known.rows,)
     assert data.y.mean() == pytest.approx(known.mean_target, rel=1e-3)

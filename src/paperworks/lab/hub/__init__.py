@@ -14,7 +14,8 @@ Example:
     40
 """
 
-from paperworks.lab.hub.data import (
+from paperworks.lab.hub.data import datasets, load_dataset, prompts
+from paperworks.lab.hub.kinds import (
     CharacterData,
     Conversation,
     Dataset,
@@ -25,9 +26,6 @@ from paperworks.lab.hub.data import (
     SeriesData,
     TableData,
     TextData,
-    datasets,
-    load_dataset,
-    prompts,
 )
 from paperworks.lab.hub.models import load_model, models
 from paperworks.lab.hub.places import Entry

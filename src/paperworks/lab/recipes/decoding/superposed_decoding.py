@@ -158,8 +158,7 @@ def _documents(corpus: str, seed: int) -> Iterator[list[str]]:
     """Groups of texts that belong together, in random order: the docstrings of a module, a page, a paragraph."""
     import random
 
-    from paperworks.lab.hub import load_dataset
-    from paperworks.lab.hub.data import TextData
+    from paperworks.lab.hub import TextData, load_dataset
 
     shuffle = random.Random(seed).shuffle
     if corpus == "standard library":

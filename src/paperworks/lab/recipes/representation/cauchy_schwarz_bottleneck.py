@@ -133,8 +133,7 @@ def _parts(name: str, samples: int, seed: int) -> tuple[Part, Part, Part]:
     """Samples of a table, drawn at random."""
     import numpy as np
 
-    from paperworks.lab.hub import load_dataset
-    from paperworks.lab.hub.data import TableData
+    from paperworks.lab.hub import TableData, load_dataset
 
     data = load_dataset(name)
     assert isinstance(data, TableData)
