@@ -19,7 +19,8 @@ from paperworks.errors import UsageError
 from paperworks.lab import Store
 from paperworks.page import index as index_module
 from paperworks.page.digest import composed, due, new_papers, put_digests, render, write_digests
-from paperworks.page.index import Entry, Index
+from paperworks.page.entries import Entry
+from paperworks.page.index import Index
 from paperworks.page.mail import send_pending
 from paperworks.page.subscriptions import Subscription
 from paperworks.page.tables import EntryRow, MailRow, SubscriptionRow

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from paperworks.page.entries import Entry
 from paperworks.page.feeds import atom
-from paperworks.page.index import Entry
 
 NAMES = {"a": "http://www.w3.org/2005/Atom"}
 DAY = datetime(2026, 11, 1, 12, tzinfo=UTC)

@@ -15,9 +15,10 @@ from sqlalchemy import select
 
 from paperworks.errors import UsageError
 from paperworks.lab import Store
+from paperworks.page import entries, meaning, words
 from paperworks.page import index as module
-from paperworks.page import meaning, words
-from paperworks.page.index import Added, Entry, Index
+from paperworks.page.entries import STATUSES, Entry, values_of
+from paperworks.page.index import Added, Index
 from paperworks.page.tables import EntryRow, EntryVectorRow
 from paperworks.papers import load_cards
 
@@ -95,7 +96,7 @@ def test_papers_come_from_the_cards(index):
         entry = index.get(card.slug)
         assert entry.key == (card.arxiv or f"card:{card.slug}")
         assert (entry.title, entry.abstract, entry.room, entry.year) == (card.title, card.summary, card.room, card.year)
-        assert entry.tags == tuple(dict.fromkeys(card.tags)) and entry.status in module.STATUSES
+        assert entry.tags == tuple(dict.fromkeys(card.tags)) and entry.status in STATUSES
 
 
 def test_a_paper_is_kept_once_whatever_tells_of_it(index):
@@ -134,19 +135,23 @@ def test_fewer_upvotes_and_more_are_taken_in(index):
 
 
 def test_a_card_that_changes_or_goes_is_followed(index, monkeypatch):
-    cards = load_cards()
-    hydra = cards["hydra"]
+    hydra = load_cards()["hydra"]
+
+    def given(cards):
+        for part in (entries, module):
+            monkeypatch.setattr(part, "load_cards", lambda: cards)
+
     without = hydra.model_copy(update={"arxiv": None, "summary": "Zebras."})
-    monkeypatch.setattr(module, "load_cards", lambda: {"hydra": without})
+    given({"hydra": without})
     assert index.sync_cards() == 1
     assert index.get("hydra").key == "card:hydra" and found(index, "zebras") == [hydra.title]
-    monkeypatch.setattr(module, "load_cards", lambda: {"hydra": hydra})
+    given({"hydra": hydra})
     assert index.sync_cards() == 1
     assert index.get("hydra").key == hydra.arxiv and index.get("card:hydra") is None
     assert index.search("").total == 1
-    monkeypatch.setattr(module, "load_cards", lambda: {"hydra": hydra.model_copy(update={"names": ("Lernaia",)})})
+    given({"hydra": hydra.model_copy(update={"names": ("Lernaia",)})})
     assert index.sync_cards() == 1 and found(index, "lernaia") == [hydra.title]
-    monkeypatch.setattr(module, "load_cards", dict)
+    given({})
     index.sync_cards()
     gone = index.get(hydra.arxiv)
     assert (gone.slug, gone.room, gone.status) == (None, None, None)
@@ -156,7 +161,8 @@ def test_a_card_that_changes_or_goes_is_followed(index, monkeypatch):
 def test_processes_that_add_the_same_papers_at_once_keep_each_once(store_url, index):
     code = (
         "import sys; from datetime import UTC, datetime; from paperworks.lab import Store\n"
-        "from paperworks.page.index import Entry, Index\n"
+        "from paperworks.page.entries import Entry\n"
+        "from paperworks.page.index import Index\n"
         "with Store(sys.argv[1]) as store:\n"
         "    index = Index(store)\n"
         "    for n in range(60):\n"
@@ -170,7 +176,7 @@ def test_processes_that_add_the_same_papers_at_once_keep_each_once(store_url, in
 
 def test_an_index_over_papers_already_there_finds_them(store):
     with store.writing() as session:
-        session.add(EntryRow(**module._values(paper(1, "Already here")), added=0.0))
+        session.add(EntryRow(**values_of(paper(1, "Already here")), added=0.0))
     assert found(Index(store), "already") == ["Already here"]
 
 
@@ -255,7 +261,7 @@ def test_filters_keep_just_the_papers_they_name(index):
     for query in ("star", ""):
         for room in rooms:
             for year in (None, *years):
-                for status in (None, *module.STATUSES):
+                for status in (None, *STATUSES):
                     for tag in (None, "alpha", "CS.lg"):
                         for runs_here in (False, True):
                             wanted = {

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from paperworks.lab.run import Measurement
-from paperworks.page.index import Entry
+from paperworks.page.entries import Entry
 from paperworks.page.rendering import bibtex, mathematics, outward, spans, text, verdict, with_query
 
 WHEN = datetime(2026, 11, 20, tzinfo=UTC)

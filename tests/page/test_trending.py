@@ -13,7 +13,8 @@ from paperworks.errors import UsageError
 from paperworks.lab import Store
 from paperworks.lab.store import RunRow
 from paperworks.page import index as index_module
-from paperworks.page.index import Entry, Index
+from paperworks.page.entries import Entry
+from paperworks.page.index import Index
 from paperworks.page.tables import EntryRow, UserRow, VoteRow
 from paperworks.page.trending import FORMULA, PERIODS, trending
 from paperworks.papers import load_cards

@@ -12,7 +12,8 @@ import pytest
 from paperworks.errors import UsageError
 from paperworks.lab import Store
 from paperworks.page import index as index_module
-from paperworks.page.index import Entry, Index
+from paperworks.page.entries import Entry
+from paperworks.page.index import Index
 from paperworks.page.tables import UserRow
 from paperworks.page.votes import unvote, vote, voted, votes_of
 

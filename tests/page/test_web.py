@@ -16,7 +16,7 @@ from paperworks.lab.run import Run
 from paperworks.page import ingest
 from paperworks.page.app import create_app
 from paperworks.page.caching import Crowd, Shared
-from paperworks.page.index import Entry
+from paperworks.page.entries import Entry
 from paperworks.page.tables import MailRow
 from paperworks.papers import ROOMS, get, load_cards
 

@@ -21,7 +21,8 @@ from paperworks.lab.records import interval, machine, write_json
 from paperworks.lab.run import Measurement, Run
 from paperworks.lab.search import chosen_embedder, words_of
 from paperworks.lab.store import Store
-from paperworks.page.index import Entry, Index
+from paperworks.page.entries import Entry
+from paperworks.page.index import Index
 from paperworks.page.load import load_bench
 from paperworks.page.meaning import Embedder, SentenceEmbedder
 from paperworks.papers import load_cards

@@ -12,7 +12,7 @@ from sqlalchemy import func, or_, select, update
 
 from paperworks.lab.search import words_of
 from paperworks.lab.store import Store
-from paperworks.page.index import Entry, entries_of
+from paperworks.page.entries import Entry, entries_of
 from paperworks.page.mail import Mail, Outbox, written
 from paperworks.page.subscriptions import FREQUENCIES, Subscription, of_row
 from paperworks.page.tables import EntryLabelRow, EntryRow, SubscriptionRow

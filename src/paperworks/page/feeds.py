@@ -9,7 +9,7 @@ from urllib.parse import quote, urljoin
 from xml.etree import ElementTree
 
 from paperworks import __version__
-from paperworks.page.index import Entry
+from paperworks.page.entries import Entry
 
 _ATOM = "http://www.w3.org/2005/Atom"
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

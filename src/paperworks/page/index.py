@@ -7,8 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 from itertools import islice
@@ -17,23 +16,32 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
-from paperworks.lab import records
 from paperworks.lab.search import chosen_embedder, fused, words_of
 from paperworks.lab.store import Store
+from paperworks.page.entries import (
+    EMBEDDED,
+    ENTRY_COLUMNS,
+    RUNS_HERE,
+    STATUSES,
+    STORED,
+    Entry,
+    entries_of,
+    merged,
+    of_card,
+    of_row,
+    read_entries,
+    text_of,
+    values_of,
+)
 from paperworks.page.meaning import Embedder, SentenceEmbedder, Vectors
 from paperworks.page.tables import EntryLabelRow, EntryRow, EntryVectorRow
 from paperworks.page.words import Fts5, TsVector, Where, among, count, marked, ranked
-from paperworks.papers import ROOMS, Paper, load_cards
+from paperworks.papers import ROOMS, load_cards
 
-STATUSES = ("planned", "runs", "measured")
-_ARXIV = r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
-_KEY = re.compile(rf"{_ARXIV}|card:[a-z0-9]+(?:-[a-z0-9]+)*")
-# Where several sources tell of one version of a paper, the higher has the say.
-_AUTHORITY = {"arxiv": 2, "daily-papers": 1}
 _BATCH = 500
 _EMBEDDED_AT_ONCE = 64
 # Fewer papers with every word than this, and those with any word are shown as well.
@@ -43,69 +51,6 @@ _NEAR = 50
 # Of the likeness of the likest: the rest are only what is left in a small index.
 _LIKE_ENOUGH = 0.6
 _SNIPPET = 300
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A paper of the index.
-
-    Attributes:
-        key: arXiv number without its version, or `card:SLUG` for a card without one.
-        version: arXiv version; 0 for what only a card tells.
-        title: Its title.
-        abstract: Its abstract; a card's summary until the abstract is known.
-        authors: Their names.
-        categories: arXiv categories, the primary first.
-        tags: Words to find it by, in lower case.
-        published: When it was first published, with a time zone.
-        year: Of first publication; that of `published` by default.
-        room: Room of its method here, None where it does not run here.
-        slug: The card's name, None where it has no card.
-        status: How far it has come here: planned, runs or measured; None without a card.
-        url: Its page elsewhere; that of arXiv by default, empty where it has none.
-        source: Who told of it: arxiv, daily-papers, card or another.
-        upvotes: Votes that it has on Hugging Face.
-
-    Raises:
-        ValueError: The key is not one, the title is empty or the time has no zone.
-
-    Example:
-        >>> entry = Entry(key="2402.05109", title="Hydra", published=datetime(2024, 2, 7, tzinfo=UTC))
-        >>> entry.year, entry.url
-        (2024, 'https://arxiv.org/abs/2402.05109')
-    """
-
-    key: str
-    version: int = 0
-    title: str
-    abstract: str = ""
-    authors: tuple[str, ...] = ()
-    categories: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    published: datetime
-    year: int = 0
-    room: str | None = None
-    slug: str | None = None
-    status: str | None = None
-    url: str = ""
-    source: str = ""
-    upvotes: int = 0
-
-    def __post_init__(self) -> None:
-        if not _KEY.fullmatch(self.key):
-            raise ValueError(f"a key is an arXiv number without version or card:SLUG, not {self.key!r}")
-        if self.published.tzinfo is None:
-            raise ValueError(f"{self.key}: published has no time zone; give it one, such as datetime.UTC")
-        for name in ("title", "abstract"):
-            object.__setattr__(self, name, _clean(getattr(self, name)))
-        for name in ("authors", "categories", "tags"):
-            cleaned = map(_clean, getattr(self, name))
-            object.__setattr__(self, name, tuple(dict.fromkeys(word for word in cleaned if word)))
-        if not self.title:
-            raise ValueError(f"{self.key}: the title is empty")
-        object.__setattr__(self, "year", self.year or self.published.year)
-        if not self.url and not self.key.startswith("card:"):
-            object.__setattr__(self, "url", f"https://arxiv.org/abs/{self.key}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +135,7 @@ class Index:
     def sync_cards(self) -> int:
         """Take the cards into the index as they are now, and say how many were new or changed."""
         cards = load_cards()
-        entries = [_of_card(card) for card in cards.values()]
+        entries = [of_card(card) for card in cards.values()]
         expected = {entry.slug: entry.key for entry in entries}
         with self._store.writing(alone=True) as session:
             for id, entry in read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.slug.is_not(None))):
@@ -200,7 +145,7 @@ class Index:
                 if entry.key.startswith("card:"):
                     session.execute(delete(EntryRow).where(EntryRow.id == id))
                 else:
-                    bare = _values(replace(entry, room=None, slug=None, status=None))
+                    bare = values_of(replace(entry, room=None, slug=None, status=None))
                     session.execute(update(EntryRow).where(EntryRow.id == id).values(**bare))
         added = self.add(entries)
         return added.new + added.updated
@@ -224,14 +169,14 @@ class Index:
     def _take_in(self, session: Session, batch: Sequence[Entry]) -> Counter[str]:
         query = select(*ENTRY_COLUMNS, EntryRow.name, EntryRow.about).where(EntryRow.key.in_({e.key for e in batch}))
         rows = {row.key: row for row in session.execute(query)}
-        values = {key: {name: getattr(row, name) for name in _STORED} for key, row in rows.items()}
-        known = {key: _entry(row) for key, row in rows.items()}
+        values = {key: {name: getattr(row, name) for name in STORED} for key, row in rows.items()}
+        known = {key: of_row(row) for key, row in rows.items()}
         counts: Counter[str] = Counter()
         changed: dict[str, dict[str, Any]] = {}
         for entry in batch:
             before = known.get(entry.key)
-            known[entry.key] = after = entry if before is None else _merged(before, entry)
-            told = _values(after)
+            known[entry.key] = after = entry if before is None else merged(before, entry)
+            told = values_of(after)
             if told == values.get(entry.key):
                 counts["unchanged"] += 1
                 continue
@@ -247,7 +192,7 @@ class Index:
             session.execute(update(EntryRow), old)
             _label(session, {told["id"]: known[told["key"]] for told in old})
             reworded = [
-                told["id"] for told in old if any(told[name] != getattr(rows[told["key"]], name) for name in _EMBEDDED)
+                told["id"] for told in old if any(told[name] != getattr(rows[told["key"]], name) for name in EMBEDDED)
             ]
             session.execute(delete(EntryVectorRow).where(EntryVectorRow.entry_id.in_(reworded)))
         return counts
@@ -283,7 +228,7 @@ class Index:
             with self._store.writing(alone=True) as session:
                 # What was told anew meanwhile stays pending.
                 now = entries_of(session, batch)
-                same = [id in now and _text(now[id]) == _text(entry) for id, entry in entries.items()]
+                same = [id in now and text_of(now[id]) == text_of(entry) for id, entry in entries.items()]
                 self._vectors.keep(session, [id for id, kept in zip(entries, same, strict=True) if kept], vectors[same])
         progress(len(pending), len(pending))
         return len(pending)
@@ -291,7 +236,7 @@ class Index:
     def _vectors_of_papers(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
         """Unit vectors, (entries, d): a paper's text, and what one would do in its room, for people ask for that."""
         assert self._embedder is not None
-        vectors = np.array(self._embedder.encode([_text(entry) for entry in entries]))
+        vectors = np.array(self._embedder.encode([text_of(entry) for entry in entries]))
         rooms = sorted({entry.room for entry in entries if entry.room})
         if rooms:
             aims = dict(zip(rooms, self._embedder.encode([ROOMS[room] for room in rooms]), strict=True))
@@ -425,78 +370,6 @@ class Index:
         return vector
 
 
-_FIELDS = tuple(field.name for field in fields(Entry))
-_STORED = (*_FIELDS, "name", "about")
-_EMBEDDED = ("title", "abstract", "room", "slug")
-ENTRY_COLUMNS = (EntryRow.id, *(getattr(EntryRow, name) for name in _FIELDS))
-RUNS_HERE = EntryRow.status.in_(("runs", "measured"))
-
-# Made once: to build a query takes longer than to run this one.
-_OF_IDS = select(*ENTRY_COLUMNS).where(EntryRow.id.in_(bindparam("ids", expanding=True)))
-
-
-def entries_of(session: Session, ids: Sequence[int]) -> dict[int, Entry]:
-    """The papers of these rows that there are, in no order."""
-    return {row.id: _entry(row) for row in session.execute(_OF_IDS, {"ids": ids})}
-
-
-def read_entries(session: Session, query: Any) -> list[tuple[int, Entry]]:
-    """Papers with their row's number, of a query that selects `ENTRY_COLUMNS`."""
-    return [(row.id, _entry(row)) for row in session.execute(query)]
-
-
-def _entry(row: Any) -> Entry:
-    values = {name: getattr(row, name) for name in _FIELDS}
-    return Entry(**{**values, "published": datetime.fromtimestamp(row.published, UTC)})
-
-
-def _values(entry: Entry) -> dict[str, Any]:
-    """The columns of an entry."""
-    values = {name: getattr(entry, name) for name in _FIELDS}
-    values["published"] = entry.published.timestamp()
-    for name in ("authors", "categories", "tags"):
-        values[name] = list(values[name])
-    card = load_cards().get(entry.slug or "")
-    values["name"] = " ".join((card.slug, *card.names, card.room, ROOMS[card.room])) if card else ""
-    values["about"] = " ".join((*entry.tags, *entry.categories, *entry.authors, card.summary if card else "")).strip()
-    return values
-
-
-def _text(entry: Entry) -> str:
-    """What is embedded of a paper."""
-    card = load_cards().get(entry.slug or "")
-    return ". ".join(dict.fromkeys((entry.title, *([card.summary] if card else ()), entry.abstract)))
-
-
-def _of_card(card: Paper) -> Entry:
-    known = card.arxiv is not None
-    year, month = (2000 + int(card.arxiv[:2]), int(card.arxiv[2:4])) if card.arxiv else (card.year, 1)
-    return Entry(
-        key=card.arxiv if card.arxiv else f"card:{card.slug}", title=card.title, abstract=card.summary,
-        authors=card.authors, tags=card.tags, published=datetime(year, month, 1, tzinfo=UTC), year=card.year,
-        room=card.room, slug=card.slug, status=records.status(card),
-        url=card.url if known and card.url else card.code or "", source="card",
-    )  # fmt: skip
-
-
-def _merged(known: Entry, told: Entry) -> Entry:
-    """One entry of two tellings of a paper, the second of which comes later."""
-    later = (told.version, _AUTHORITY.get(told.source, 0)) >= (known.version, _AUTHORITY.get(known.source, 0))
-    chosen, other = (told, known) if later else (known, told)
-    card = told if told.slug else known
-    return replace(
-        chosen,
-        abstract=chosen.abstract or other.abstract,
-        authors=chosen.authors or other.authors,
-        categories=chosen.categories or other.categories,
-        tags=(*known.tags, *told.tags),
-        room=card.room,
-        slug=card.slug,
-        status=card.status,
-        upvotes=told.upvotes if told.source == "daily-papers" else known.upvotes,
-    )
-
-
 def _label(session: Session, entries: dict[int, Entry]) -> None:
     session.execute(delete(EntryLabelRow).where(EntryLabelRow.entry_id.in_(entries)))
     labels = [
@@ -532,9 +405,3 @@ def _hit(entry: Entry, score: float = 0.0, marks: tuple[str, str] | None = None)
         # Cut roughly first: to shorten takes time in the length of the whole.
         marks = escape(entry.title), escape(shorten(entry.abstract[: 2 * _SNIPPET], _SNIPPET, placeholder=" …"))
     return Hit(entry, score, *marks)
-
-
-def _clean(text: str) -> str:
-    """Text in one line, without control characters and half characters, which a database would refuse."""
-    whole = text.encode("utf-8", "ignore").decode()
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", whole).split())

@@ -24,7 +24,8 @@ from requests.adapters import HTTPAdapter
 
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab.store import Store
-from paperworks.page.index import Added, Entry, Index
+from paperworks.page.entries import Entry
+from paperworks.page.index import Added, Index
 from paperworks.page.tables import IngestRow
 from paperworks.papers import load_cards
 

@@ -24,7 +24,7 @@ from markupsafe import Markup, escape
 
 from paperworks.lab.records import figure, interval, machine
 from paperworks.lab.run import Measurement
-from paperworks.page.index import Entry
+from paperworks.page.entries import Entry
 from paperworks.page.safety import csrf_token, reader
 from paperworks.papers import ROOMS
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import RunRow, Store
-from paperworks.page.index import RUNS_HERE, Entry, entries_of
+from paperworks.page.entries import RUNS_HERE, Entry, entries_of
 from paperworks.page.tables import EntryRow, VoteRow
 
 PERIODS = {"day": 1, "week": 7, "month": 30}

@@ -18,8 +18,9 @@ from paperworks.lab.recipe import recipes
 from paperworks.lab.report import grid, tall
 from paperworks.lab.run import Measurement
 from paperworks.lab.store import RunRow, Store
+from paperworks.page.entries import STATUSES, Entry
 from paperworks.page.feeds import atom
-from paperworks.page.index import STATUSES, Entry, Index
+from paperworks.page.index import Index
 from paperworks.page.rendering import bibtex, outward, paper_path, respond, spans, with_query
 from paperworks.page.safety import Reader
 from paperworks.page.trending import FORMULA, trending
