@@ -31,6 +31,20 @@ def test_every_objective_is_measured_clean_and_attacked(monkeypatch):
     assert run.artefacts["figure"].is_file()
 
 
+def test_noise_is_put_on_the_code_of_the_method_alone(monkeypatch):
+    monkeypatch.delenv("PAPERWORKS_DATA", raising=False)
+    with_it, without = (
+        {(m.name, m.series): m.value for m in run.measurements}
+        for run in (
+            execute("cauchy-schwarz-bottleneck", scale="tiny", parameters={"noise": noise}, show_progress=False)
+            for noise in (True, False)
+        )
+    )
+    for objective in (PLAIN, *STARTS):
+        error = "RMSE, diabetes", objective
+        assert (with_it[error] == without[error]) == (objective != METHOD)
+
+
 @pytest.mark.parametrize("start", [1e-4, 0.03, 50.0])
 def test_weight_is_sought_that_leaves_what_is_wanted(start):
     betas = []

@@ -43,7 +43,15 @@ class Trained(NamedTuple):
     baseline="squared error, alone and with a VIB or HSIC bottleneck",
     headline="tables with the lowest RMSE, compressed",
     tiny={"samples": 120, "hidden": 16, "bottleneck": 8, "epochs": 3, "trials": 2, "seeds": 2, "most_tables": 1},
-    large={"samples": 10_000, "hidden": 128, "bottleneck": 128, "epochs": 200, "rate": 1e-3, "seeds": 10},
+    large={
+        "samples": 10_000,
+        "hidden": 128,
+        "bottleneck": 128,
+        "epochs": 200,
+        "rate": 1e-4,
+        "noise": True,
+        "seeds": 10,
+    },
 )
 def cauchy_schwarz_bottleneck(
     run: Run,
@@ -54,6 +62,7 @@ def cauchy_schwarz_bottleneck(
     rate: float = 2e-3,
     sigma: float = 0.3,
     sigma_y: float = 3.0,
+    noise: bool = False,
     kept: float = 0.5,
     trials: int = 5,
     eps: float = 0.6,
@@ -80,6 +89,7 @@ def cauchy_schwarz_bottleneck(
         rate: Adam's.
         sigma: Width of the kernel of features, which are standardised, in the divergence; elsewhere it is the median.
         sigma_y: Width of the kernel of standardised targets.
+        noise: Noise on the method's t too while training, as VIB has it.
         kept: Share of I(x; t) that is left.
         trials: Networks trained to find a weight that leaves it.
         eps: Size of the largest attack, in standard deviations of a feature; smaller ones are made too.
@@ -91,14 +101,14 @@ def cauchy_schwarz_bottleneck(
 
     uci = [entry.name for entry in datasets() if entry.name.startswith("uci:") and entry.available]
     tables = ["diabetes", *uci][:most_tables]
-    sizes = (hidden, hidden), bottleneck
+    training = noise, (hidden, hidden), bottleneck, epochs, rate, eps
     plain: dict[str, list[dict[str, Trained]]] = {name: [] for name in tables}
     tried: dict[str, list[dict[str, list[Trained]]]] = {name: [] for name in tables}
     for name, number in run.progress([(n, s) for n in tables for s in range(seed, seed + seeds)], "training"):
         parts = _parts(name, samples, number)
 
         def trained(objective: str, beta: float, parts: tuple[Part, Part, Part] = parts, seed: int = number) -> Trained:
-            return _train(parts, objective, beta, sigma, sigma_y, *sizes, epochs, rate, eps, seed)
+            return _train(parts, objective, beta, sigma, sigma_y, *training, seed)
 
         plain[name].append({objective: trained(objective, 0.0) for objective in (PLAIN, METHOD)})
         wanted = kept * plain[name][-1][PLAIN].chosen_by
@@ -117,7 +127,7 @@ def cauchy_schwarz_bottleneck(
     # Kernels of y no wider than y hardly see the errors in the tails.
     heavy: dict[str, list[float]] = {
         objective: [
-            _train(_heavy_tailed(samples, s), objective, 0.0, sigma, 1.0, *sizes, epochs, rate, eps, s).median_error
+            _train(_heavy_tailed(samples, s), objective, 0.0, sigma, 1.0, *training, s).median_error
             for s in range(seed, seed + seeds)
         ]
         for objective in run.progress((PLAIN, METHOD), "heavy tails")
@@ -170,6 +180,7 @@ def _train(
     beta: float,
     sigma: float,
     sigma_y: float,
+    noise: bool,
     hidden: tuple[int, int],
     bottleneck: int,
     epochs: int,
@@ -193,7 +204,8 @@ def _train(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         network = BottleneckNetwork(
-            x.shape[1], hidden, bottleneck, stochastic=objective == "VIB", generator=generator
+            x.shape[1], hidden, bottleneck, generator=generator,
+            stochastic=objective == "VIB" or (noise and objective == METHOD),
         )  # fmt: skip
     loss = CauchySchwarzBottleneck(beta, sigma, sigma_y, "median", sigma_compression="median")
 
