@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import escape
 
 import pytest
+from huggingface_hub import get_session
 
 from paperworks import cli
 from paperworks.errors import UsageError
@@ -108,6 +109,9 @@ def serving(source: Source):
             failure = source.failures.pop(0) if source.failures else None
             if failure == "empty":
                 body = source.feed({**asked, "id_list": "none"})
+            elif failure == "silent":
+                time.sleep(0.5)
+                return
             elif failure == "hang up":
                 self.connection.close()
                 return
@@ -341,6 +345,19 @@ def test_the_daily_papers_are_asked_again_when_they_fail(index, store, source):
     source.failures = [503] * 9
     with pytest.raises(SourceError, match=r"Hugging Face does not answer \(HTTP 503\)"):
         ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+
+
+@over_both
+def test_a_hub_that_does_not_answer_is_given_up(index, store, source, monkeypatch):
+    monkeypatch.setattr(module, "_TIMEOUT", 0.05)
+    source.daily["2026-11-01"] = [daily("2611.00001", 1)]
+    source.failures = ["silent"]
+    before = get_session().timeout
+    assert ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub()).new == 1
+    source.failures = ["silent"] * 9
+    with pytest.raises(SourceError, match=r"Hugging Face does not answer \(timed out\)"):
+        ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+    assert get_session().timeout == before
 
 
 @over_both

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import arxiv
 import requests
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import PaperInfo
 from requests.adapters import HTTPAdapter
@@ -178,13 +179,24 @@ class DailyPapers:
 
     def _page(self, day: datetime, page: int) -> list[PaperInfo]:
         try:
-            asked = self._api.list_daily_papers(date=f"{day:%Y-%m-%d}", p=page, limit=_HF_PAGE, token=False)
-            return list(asked)
+            with _patience():
+                return list(self._api.list_daily_papers(date=f"{day:%Y-%m-%d}", p=page, limit=_HF_PAGE, token=False))
         except HfHubHTTPError as error:
             status = error.response.status_code
             raise _Failure(f"HTTP {status}", for_good=_for_good(status)) from error
         except _HUB_ERROR as error:
             raise _Failure(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Have the Hub's client, which all share and which waits for ever, give a request up that nobody answers."""
+    client = get_session()
+    before, client.timeout = client.timeout, _TIMEOUT
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def ingest_arxiv(
