@@ -34,7 +34,7 @@ from paperworks.lab import Run, recipe
 @recipe(paper="sleeper", baseline="staying awake", tiny={"seconds": 0.0})
 def sleeper(
     run: Run, seconds: float = 60.0, naps: int = 2, bed: Literal["soft", "hard"] = "soft", model: str = "nobody",
-    deaf: bool = False, seed: int = 0,
+    deaf: bool = False, sour: bool = False, seed: int = 0,
 ) -> None:
     """Sleep.
 
@@ -44,6 +44,7 @@ def sleeper(
         bed: Where.
         model: Who.
         deaf: Whether nothing wakes it.
+        sour: Whether to be woken is an error.
     """
     run.log(f"secrets seen: {[name for name in os.environ if name in ('PAPERWORKS_SMTP', 'PAPERWORKS_SECRET')]}")
     run.record("naps", naps, better="higher", series=bed)
@@ -55,6 +56,8 @@ def sleeper(
             try:
                 time.sleep(max(0, until - time.monotonic()))
             except KeyboardInterrupt:
+                if sour:
+                    raise ImportError("could not import a dream") from None
                 if not deaf:
                     raise
         bar.advance()
@@ -176,6 +179,14 @@ def test_a_cancelled_run_is_interrupted_and_keeps_what_it_recorded(runner):
     assert [m.value for m in run.measurements] == [5]
     with pytest.raises(UsageError, match=f"run {run_id} is interrupted already"):
         runner.cancel(run_id)
+
+
+def test_a_cancelled_run_is_interrupted_whatever_a_library_makes_of_it(runner):
+    run_id = runner.start("sleeper", {"sour": True})
+    asleep(runner, run_id)
+    runner.cancel(run_id)
+    run = over(runner, run_id)
+    assert (run.status, run.error) == ("interrupted", "cancelled") and "could not import a dream" in run.traceback
 
 
 def test_a_run_that_waits_can_be_cancelled(runner):

@@ -42,6 +42,7 @@ def execute(
     on: str = "here",
     show_progress: bool = True,
     run_id: str | None = None,
+    stopped: Callable[[], str] = str,
 ) -> Run:
     """Execute a recipe and keep the run, however it ends.
 
@@ -55,6 +56,8 @@ def execute(
             is part of) or "ray://host:port".
         show_progress: Show progress on the error stream where that is a terminal.
         run_id: Its identity, where it has been announced already; made from the time by default.
+        stopped: Says why the run was interrupted, "" where it was not: libraries turn interruptions into errors of
+            their own.
 
     Returns:
         The run: finished, or failed with its error and traceback.
@@ -80,9 +83,9 @@ def execute(
         raise UsageError(f"seed is a whole number of at least 0, not {seed!r}")
     place = executor(on)
     if isinstance(store, Store):
-        return _execute(chosen, options, scale, seed, store, place, show_progress, run_id)
+        return _execute(chosen, options, scale, seed, store, place, show_progress, run_id, stopped)
     with Store(store) as opened:
-        return _execute(chosen, options, scale, seed, opened, place, show_progress, run_id)
+        return _execute(chosen, options, scale, seed, opened, place, show_progress, run_id, stopped)
 
 
 def _execute(
@@ -94,6 +97,7 @@ def _execute(
     place: Executor,
     show_progress: bool,
     run_id: str | None = None,
+    stopped: Callable[[], str] = str,
 ) -> Run:
     display = Display() if show_progress and sys.stderr.isatty() else None
     run = Run(
@@ -117,6 +121,9 @@ def _execute(
             _end(run, "interrupted", stop, told or "stopped by the user")
             raise
         except Exception as error:
+            if reason := stopped():
+                _end(run, "interrupted", error, reason)
+                raise KeyboardInterrupt(reason) from error
             _end(run, "failed", error, _sentence(error))
         finally:
             if display is not None:

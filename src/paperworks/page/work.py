@@ -33,7 +33,12 @@ class Watch:
         run_id: The run.
         time_limit: Seconds it may take.
         grace: Seconds it then has to end by itself.
+
+    Attributes:
+        stopped: Why it was interrupted, "" before.
     """
+
+    stopped = ""
 
     def __init__(self, store: Store, run_id: str, time_limit: float, grace: float) -> None:
         self._store, self._run_id = store, run_id
@@ -56,6 +61,7 @@ class Watch:
             signal.signal(number, signal.SIG_IGN)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = self._reason
         raise KeyboardInterrupt(self._reason)
 
     def _look(self) -> None:
@@ -140,6 +146,7 @@ def work(run_id: str, workers: int, time_limit: float, grace: float) -> None:
                 store=store,
                 show_progress=False,
                 run_id=run_id,
+                stopped=lambda: watch.stopped,
             )
             watch.end()
         except KeyboardInterrupt as stop:
