@@ -37,11 +37,15 @@ def text(name: str, split: str, files: Sequence[Path]) -> TextData:
     return TextData(name, split, content)
 
 
+def _content(file: Path) -> bytes:
+    """What a file holds, compressed or not."""
+    return gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, compressed or not."""
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    """The records of a file of JSON lines."""
     records = []
-    for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(_content(file).decode("utf-8").split("\n"), 1):
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -92,8 +96,7 @@ def _numbers(file: Path) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     """A table of finite numbers, apart by space or comma, and the names in its first line, if any."""
     import numpy as np
 
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    rows = [line for line in raw.decode("utf-8-sig").splitlines() if line.strip()]
+    rows = [line for line in _content(file).decode("utf-8-sig").splitlines() if line.strip()]
     if not rows:
         raise ValueError("the file is empty")
     delimiter = "," if "," in rows[0] else None
@@ -133,7 +136,7 @@ def _idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     """The array in a gzipped IDX file of bytes: a magic number, the extents, the values."""
     import numpy as np
 
-    raw = gzip.decompress(file.read_bytes())
+    raw = _content(file)
     if len(raw) < 4 + 4 * dimensions or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise ValueError(f"{file.name} is not an IDX file of bytes in {dimensions} dimensions")
     shape = tuple(int(extent) for extent in np.frombuffer(raw, ">u4", dimensions, 4))
