@@ -135,7 +135,7 @@ def test_generate_streams_text_and_ends_with_its_speed(paperworks):
 
 def test_generate_drafts_with_a_saved_drafter(paperworks, tmp_path):
     from paperworks.decoding import Medusa
-    from paperworks.lab.hub import load_model
+    from paperworks.hub import load_model
 
     model, _ = load_model("tiny-random-llama")
     Medusa.from_target(model, heads=2, tree=[(0,), (0, 0)]).save_pretrained(tmp_path / "heads")

@@ -40,7 +40,7 @@ LOSSLESS = {
 
 
 def test_greedy_text_equals_transformers_with_and_without_drafts():
-    from paperworks.lab.hub import load_model
+    from paperworks.hub import load_model
 
     model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
@@ -55,7 +55,7 @@ def test_greedy_text_equals_transformers_with_and_without_drafts():
 
 @pytest.fixture(scope="module")
 def real():
-    from paperworks.lab.hub import load_model
+    from paperworks.hub import load_model
 
     return load_model("smollm2-135m", dtype=torch.float32)
 

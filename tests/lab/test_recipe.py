@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
+from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -178,6 +180,51 @@ def test_unsound_recipes_are_refused_when_they_are_defined(registry):
     assert not registry
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What two recipes share.
+
+    Args:
+        model: Name of
+            the model.
+        steps: Of training.
+    """
+
+    model: str = "small"
+    steps: int = 10
+
+
+def test_shared_parameters_become_options_with_their_help_and_defaults(registry):
+    seen = []
+
+    @recipe(paper="first", tiny={"steps": 1})
+    def first(run: Run, work: Shared = Shared(steps=5), extra: bool = False, seed: int = 0) -> None:
+        """One."""
+        seen.append((work, extra, seed))
+
+    assert {name: p.default for name, p in first.parameters.items()} == {"model": "small", "steps": 5, "extra": False}
+    assert first.parameters["model"].help == "Name of the model."
+    assert first.plain({"extra": "yes"}, "tiny") == {"model": "small", "steps": 1, "extra": True}
+    first(Run("first", seed=3), **{"steps": "7", "model": "large"})
+    assert seen == [(Shared("large", 7), False, 3)]
+    with pytest.raises(UsageError, match="first has no option work"):
+        first.parse({"work": "x"})
+
+
+def test_shared_parameters_that_clash_are_refused(registry):
+    with pytest.raises(TypeError, match="two parameters are named steps"):
+
+        @recipe(paper="clash")
+        def clash(run: Run, work: Shared = Shared(), steps: int = 2) -> None:
+            """Two of one name."""
+
+    with pytest.raises(TypeError, match="work needs a default"):
+
+        @recipe(paper="bare")
+        def bare(run: Run, work: Shared) -> None:
+            """No default."""
+
+
 def test_two_recipes_for_one_paper_are_refused(registry):
     @recipe(paper="coin")
     def first(run: Run) -> None: ...
@@ -206,7 +253,7 @@ def test_a_paper_without_a_recipe_is_planned(registry):
 
 
 def test_modules_are_found_in_their_rooms_and_a_broken_one_is_a_warning(registry, tmp_path, monkeypatch):
-    import paperworks.lab.recipes as package
+    import paperworks.recipes as package
 
     room = tmp_path / "playroom"
     room.mkdir()
@@ -218,13 +265,23 @@ def test_modules_are_found_in_their_rooms_and_a_broken_one_is_a_warning(registry
         "    '''Marbles.'''\n"
     )
     (room / "shards.py").write_text("raise OSError('broken on purpose')\n")
+    (room / "shelf.py").write_text("raise OSError('what recipes share is not imported to find them')\n")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setattr(module, "load_cards", lambda: {"marble": None, "shards": None})
     module._discover.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"playroom\.shards could not be loaded: OSError: broken on purpose"):
         found = recipes()
     assert found["marble"].summary == "Marbles."
     for name in [name for name in sys.modules if ".recipes.playroom" in name]:
         del sys.modules[name]
+
+
+def test_every_recipe_lies_in_a_module_named_for_its_paper():
+    import paperworks.recipes as package
+
+    for path in Path(package.__path__[0]).rglob("*.py"):
+        for paper in re.findall(r'^@recipe\(\s*(?:paper=)?"([^"]+)"', path.read_text(), flags=re.MULTILINE):
+            assert path.stem == paper.replace("-", "_")
 
 
 def test_plugins_are_found_by_entry_point_and_a_broken_one_is_a_warning(registry, tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Write text with a model, faster by a method: streams, and ends with tokens a second."""
+    from paperworks.consult.writing import write
     from paperworks.lab.run import Display
-    from paperworks.lab.writing import write
 
     written = write(
         sys.stdin.read() if prompt == "-" else prompt, model=model, method=method, drafter=drafter, chat=not raw,
@@ -56,7 +56,7 @@ def inspect_model(
     as_json: JsonOption = False,
 ) -> None:
     """What your own classifier or VAE has learnt: what is collapsed, how far, and what the theory says to change."""
-    from paperworks.lab.inspection import batches, inspect, load_network
+    from paperworks.consult.inspection import batches, inspect, load_network
 
     network = load_network(model, weights=weights)
     found = inspect(network, batches(data, batch_size), layer=layer)

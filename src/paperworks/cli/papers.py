@@ -69,7 +69,7 @@ def search_papers(
     as_json: JsonOption = False,
 ) -> None:
     """Find papers by words and by meaning."""
-    from paperworks.lab.search import search
+    from paperworks.page.search import search
 
     _print_papers(search(query, meaning=not words, embedder=embedder, limit=limit), as_json)
 

@@ -10,7 +10,7 @@ import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache, partial
@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from paperworks.errors import UsageError
+from paperworks.papers import load_cards
 
 if TYPE_CHECKING:
     from paperworks.lab.run import Run
@@ -147,6 +148,7 @@ class Recipe:
         function: The function itself.
         seeded: Whether the function takes the run's seed as `seed`.
         headline: Name of the measurement that a list shows.
+        shared: For each keyword argument that is a dataclass, its class; the class's fields are among `parameters`.
     """
 
     paper: str
@@ -158,6 +160,7 @@ class Recipe:
     function: Callable[..., None]
     seeded: bool = False
     headline: str = "speed-up"
+    shared: dict[str, type[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.function.__doc__)
@@ -227,8 +230,13 @@ class Recipe:
             run: The run to record into; its seed is handed to a function that takes `seed`.
             **options: As for `parse`; the others keep their defaults.
         """
+        values = self.resolve(options)
+        together = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in self.shared.items()
+        }
         seed = {"seed": run.seed} if self.seeded else {}
-        self.function(run, **self.resolve(options), **seed)
+        self.function(run, **values, **together, **seed)
 
 
 def recipe(
@@ -243,7 +251,9 @@ def recipe(
 
     The function takes a `Run` and keyword parameters, each with a type among `int`, `float`, `bool`, `str`,
     `Literal` and `Enum` and with a default, which is its value at the default scale. A parameter `seed` is
-    filled with the run's seed. Heavy libraries are imported inside the function, so that listing stays quick.
+    filled with the run's seed. What several recipes share is one frozen dataclass with such fields: each field becomes
+    an option, with its help from the class's docstring and its default from the instance that is the argument's
+    default. Heavy libraries are imported inside the function, so that listing stays quick.
 
     Args:
         paper: Slug of the paper.
@@ -253,7 +263,7 @@ def recipe(
         headline: Name of the measurement that a list shows; the last of that name.
 
     Raises:
-        TypeError: A parameter has no default or a type that cannot become an option.
+        TypeError: A parameter has no default or a type that cannot become an option, or two have one name.
         ValueError: A scale names no parameter, or another function is the recipe of this paper already.
 
     Example:
@@ -267,6 +277,22 @@ def recipe(
         ...     '''
         >>> dice.summary, dice.parameters["throws"].help, list(dice.scales)
         ('Mean of a die.', 'How often it is thrown.', ['tiny', 'default'])
+
+        >>> @dataclass(frozen=True)
+        ... class Throwing:
+        ...     '''How dice are thrown.
+        ...
+        ...     Args:
+        ...         throws: How often.
+        ...         sides: Of each die.
+        ...     '''
+        ...     throws: int = 600
+        ...     sides: int = 6
+        >>> @recipe(paper="backgammon")
+        ... def backgammon(run: Run, work: Throwing = Throwing(throws=100), doubles: bool = True) -> None:
+        ...     run.record("outcomes", work.sides**2, better="higher")
+        >>> {name: parameter.default for name, parameter in backgammon.parameters.items()}
+        {'throws': 100, 'sides': 6, 'doubles': True}
     """
 
     def register(function: Callable[..., None]) -> Recipe:
@@ -295,22 +321,30 @@ def _describe(
     headline: str = "speed-up",
 ) -> Recipe:
     doc = inspect.getdoc(function) or ""
-    helps = _argument_helps(doc)
-    _, *options = inspect.signature(function).parameters.values()
+    _, *arguments = inspect.signature(function).parameters.values()
     types = get_type_hints(function)
-    parameters = {}
-    for option in options:
-        if option.name == "seed":
+    parameters: dict[str, Parameter] = {}
+    shared: dict[str, type[Any]] = {}
+    for argument in arguments:
+        if argument.name == "seed":
             continue
-        kind = types.get(option.name)
-        parameter = Parameter(option.name, kind, option.default, helps.get(option.name, ""))
-        if option.default is option.empty or not (parameter.choices or kind in _CONVERT):
-            raise TypeError(
-                f"recipe {paper}: parameter {option.name} needs a default and a type among "
-                "int, float, bool, str, Literal and Enum"
-            )
-        parameter.parse(option.default)
-        parameters[option.name] = parameter
+        kind = types.get(argument.name)
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(argument.default, kind):
+            shared[argument.name] = kind
+            options, helps = _fields(argument.default), _argument_helps(inspect.getdoc(kind) or "")
+        else:
+            options, helps = {argument.name: (kind, argument.default)}, _argument_helps(doc)
+        for name, (option_type, default) in options.items():
+            parameter = Parameter(name, option_type, default, helps.get(name, ""))
+            if name in parameters or (name == "seed" and argument.name in shared):
+                raise TypeError(f"recipe {paper}: two parameters are named {name}; rename one")
+            if default is argument.empty or not (parameter.choices or option_type in _CONVERT):
+                raise TypeError(
+                    f"recipe {paper}: parameter {name} needs a default and a type among "
+                    "int, float, bool, str, Literal, Enum and a dataclass of such"
+                )
+            parameter.parse(default)
+            parameters[name] = parameter
     described = Recipe(
         paper=paper,
         name=function.__name__,
@@ -321,11 +355,18 @@ def _describe(
         function=function,
         seeded="seed" in types,
         headline=headline,
+        shared=shared,
     )
     for scale, values in (("tiny", tiny), ("default", {}), ("paper", large)):
         if values is not None:
             described.scales[scale] = described.parse(values)
     return described
+
+
+def _fields(values: Any) -> dict[str, tuple[Any, Any]]:
+    """Type and value of each field of a dataclass's instance."""
+    types = get_type_hints(type(values))
+    return {field.name: (types[field.name], getattr(values, field.name)) for field in fields(values)}
 
 
 def _argument_helps(doc: str) -> dict[str, str]:
@@ -357,10 +398,13 @@ def recipes() -> dict[str, Recipe]:
 
 @cache
 def _discover() -> None:
-    package = importlib.import_module("paperworks.lab.recipes")
+    package = importlib.import_module("paperworks.recipes")
     found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None)
+    papers = load_cards()
     for module in found:
-        _load(f"the recipes in {module.name}", partial(importlib.import_module, module.name))
+        # A recipe's module is named for its paper; what recipes share lies beside them, and may be heavy to import.
+        if module.name.rpartition(".")[2].replace("_", "-") in papers:
+            _load(f"the recipe in {module.name}", partial(importlib.import_module, module.name))
     for entry in entry_points(group="paperworks.recipes"):
         _load(f"the recipe plugin {entry.name} ({entry.value})", entry.load)
 

@@ -19,12 +19,12 @@ from platformdirs import user_cache_path
 from paperworks.lab.environment import environment
 from paperworks.lab.records import interval, machine, write_json
 from paperworks.lab.run import Measurement, Run
-from paperworks.lab.search import chosen_embedder, words_of
 from paperworks.lab.store import Store
 from paperworks.page.entries import Entry
 from paperworks.page.index import Index
 from paperworks.page.load import load_bench
 from paperworks.page.meaning import Embedder, SentenceEmbedder
+from paperworks.page.search import chosen_embedder, words_of
 from paperworks.papers import load_cards
 
 Progress = Callable[[str, int, int], None]

@@ -10,10 +10,10 @@ from urllib.parse import quote, urlencode
 
 from sqlalchemy import func, or_, select, update
 
-from paperworks.lab.search import words_of
 from paperworks.lab.store import Store
 from paperworks.page.entries import Entry, entries_of
 from paperworks.page.mail import Mail, Outbox, written
+from paperworks.page.search import words_of
 from paperworks.page.subscriptions import FREQUENCIES, Subscription, of_row
 from paperworks.page.tables import EntryLabelRow, EntryRow, SubscriptionRow
 from paperworks.page.trending import Trend, trending

@@ -20,7 +20,6 @@ from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
-from paperworks.lab.search import chosen_embedder, fused, words_of
 from paperworks.lab.store import Store
 from paperworks.page.entries import (
     EMBEDDED,
@@ -38,6 +37,7 @@ from paperworks.page.entries import (
     values_of,
 )
 from paperworks.page.meaning import Embedder, SentenceEmbedder, Vectors
+from paperworks.page.search import chosen_embedder, fused, words_of
 from paperworks.page.tables import EntryLabelRow, EntryRow, EntryVectorRow
 from paperworks.page.words import Fts5, TsVector, Where, among, count, marked, ranked
 from paperworks.papers import ROOMS, load_cards

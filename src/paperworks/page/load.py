@@ -23,7 +23,7 @@ from urllib.request import urlopen
 
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab.run import Measurement
-from paperworks.lab.search import words_of
+from paperworks.page.search import words_of
 from paperworks.papers import load_cards
 
 # Each connection is a reader who asks for one path after another, with a pause between them.

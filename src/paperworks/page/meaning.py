@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from paperworks.lab.search import load_embedder
+from paperworks.page.search import load_embedder
 from paperworks.page.tables import EntryVectorRow
 
 # How many candidates the signs pick at least, and for each that is wanted.

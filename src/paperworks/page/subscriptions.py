@@ -9,9 +9,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
-from paperworks.lab.search import words_of
 from paperworks.lab.store import Store
 from paperworks.page.mail import Outbox, address, letter
+from paperworks.page.search import words_of
 from paperworks.page.tables import SubscriptionRow
 from paperworks.page.tokens import hashed, new_token
 

@@ -1,0 +1,310 @@
+"""Data sets by name: the user's own files, what packages ship, the Hugging Face Hub and OpenML."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, overload
+
+from paperworks.errors import UsageError
+from paperworks.hub import hosted, readers
+from paperworks.hub.kinds import (
+    CharacterData,
+    Conversation,
+    Dataset,
+    ImageData,
+    Problem,
+    Question,
+    QuestionData,
+    SeriesData,
+    TableData,
+    TextData,
+)
+from paperworks.hub.places import Entry, data_root, package_folder, unknown
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How a data set is had: files to look for, how to read them, and what else to try."""
+
+    origin: str
+    read: Callable[[str, str, Sequence[Path]], Dataset] | None = None
+    files: tuple[str, ...] = ()  # relative to the folder of all data; may hold {split}
+    splits: tuple[str, ...] = ()
+    fetch: Callable[[str, str], Dataset] | None = None
+    package: str = ""  # that ships it; then `fetch` needs no network
+    cure: str = ""
+
+
+@overload
+def load_dataset(
+    name: Literal["wikitext-2"], *, split: str | None = None, path: str | Path | None = None
+) -> TextData: ...
+@overload
+def load_dataset(
+    name: Literal["gsm8k"], *, split: str | None = None, path: str | Path | None = None
+) -> QuestionData[Question]: ...
+@overload
+def load_dataset(
+    name: Literal["humaneval"], *, split: str | None = None, path: str | Path | None = None
+) -> QuestionData[Problem]: ...
+@overload
+def load_dataset(
+    name: Literal["mt_bench"], *, split: str | None = None, path: str | Path | None = None
+) -> QuestionData[Conversation]: ...
+@overload
+def load_dataset(
+    name: Literal["omniglot"], *, split: str | None = None, path: str | Path | None = None
+) -> CharacterData: ...
+@overload
+def load_dataset(
+    name: Literal["mnist-10k"], *, split: str | None = None, path: str | Path | None = None
+) -> ImageData: ...
+@overload
+def load_dataset(
+    name: Literal["exchange_rate"], *, split: str | None = None, path: str | Path | None = None
+) -> SeriesData: ...
+@overload
+def load_dataset(
+    name: Literal[
+        "mnist1d",
+        "digits",
+        "breast_cancer",
+        "diabetes",
+        "wine",
+        "iris",
+        "california_housing",
+        "uci:bostonHousing",
+        "uci:energy",
+        "uci:kin8nm",
+        "uci:power-plant",
+        "uci:wine-quality-red",
+    ],
+    *,
+    split: str | None = None,
+    path: str | Path | None = None,
+) -> TableData: ...
+@overload
+def load_dataset(name: str, *, split: str | None = None, path: str | Path | None = None) -> Dataset: ...
+def load_dataset(name: str, *, split: str | None = None, path: str | Path | None = None) -> Dataset:
+    """A data set by name, or the user's own file.
+
+    Looked for in this order: the path, the folder `PAPERWORKS_DATA`, what an installed package ships, the
+    Hugging Face Hub or OpenML. What is downloaded is checked by size or checksum, and by its known extent.
+
+    Args:
+        name: one of those that `datasets()` lists; or the user's own: the folder of such a set, a text file
+            (.txt), or a table of numbers (.csv) whose last column is the target.
+        split: which part, where a set has parts ("train", "valid", "test"); None is the test part.
+        path: folder that holds the set's files, or holds the set's folder as `PAPERWORKS_DATA` would.
+
+    Raises:
+        UsageError: the name or split is unknown, a file is damaged, or the data is not here and cannot be
+            fetched.
+
+    Example:
+        >>> iris = load_dataset("iris")
+        >>> iris.X.shape, iris.classes
+        ((150, 4), ('setosa', 'versicolor', 'virginica'))
+    """
+    if path is None and Path(name).suffix in (".txt", ".csv"):
+        return _own_file(name, split)
+    if path is None and name not in _SOURCES and Path(name).expanduser().is_dir():
+        # The folder of one set: .../gsm8k.
+        path, name = name, Path(name).resolve().name
+    source = _source(name)
+    split = _checked_split(name, source, split)
+    files: list[Path] = []
+    if path is not None:
+        given = Path(path).expanduser()
+        if source.read is None:
+            raise UsageError(f"{name} comes from {source.origin} and is not read from files: leave out path.")
+        files = _find(given, source, split) or _find(given, source, split, own=True)
+        if not files:
+            wanted = ", ".join(file.format(split=split) for file in source.files)
+            raise UsageError(f"{given} does not hold {name}: expected {wanted} there.")
+    elif source.read is not None and (root := data_root()):
+        files = _find(root, source, split)
+    if files:
+        return _read(source, name, split, files)
+    if source.fetch is None:
+        raise UsageError(f"The data set {name!r} is not here and no hub is known for it: {source.cure}.")
+    return source.fetch(name, split)
+
+
+def datasets() -> list[Entry]:
+    """The data sets known by name, where they come from, and whether they are here.
+
+    Example:
+        >>> {entry.name: entry.available for entry in datasets()}["digits"]
+        True
+    """
+    return [Entry(name, source.origin, _here(source)) for name, source in _sources().items()]
+
+
+def prompts(name: str = "built-in", n: int | None = None) -> list[str]:
+    """Instructions of users, for trying a language model on.
+
+    Args:
+        name: "built-in" (40 that come with the package) or "mt_bench" (the first turn of each of its 80).
+        n: how many, from the first on; None is all.
+
+    Raises:
+        UsageError: unknown name, n below 1 or above what there is, or MT-bench cannot be had.
+
+    Example:
+        >>> prompts(n=1)
+        ['What causes the tides, and why are there usually two high tides a day?']
+    """
+    if name == "built-in":
+        lines = resources.files("paperworks.hub").joinpath("prompts.txt").read_text(encoding="utf-8")
+        found = lines.splitlines()
+    elif name == "mt_bench":
+        found = [conversation.turns[0] for conversation in load_dataset("mt_bench")]
+    else:
+        raise unknown("set of prompts", name, ["built-in", "mt_bench"], "your own list of strings")
+    if n is not None and not 1 <= n <= len(found):
+        raise UsageError(f"n is {n}, but {name} has {len(found)} prompts: give n from 1 to {len(found)}.")
+    return found[:n]
+
+
+# Finding
+
+
+def _sources() -> dict[str, _Source]:
+    known = dict(_SOURCES)
+    root = data_root()
+    for file in sorted((root / "uci").glob("*.txt")) if root else []:
+        known.setdefault(f"uci:{file.stem}", _uci(file.stem))
+    return known
+
+
+def _source(name: str) -> _Source:
+    known = _sources()
+    if name in known:
+        return known[name]
+    uci = re.fullmatch(r"uci:([\w-]+)", name)
+    if uci and uci[1] not in hosted.UCI:
+        names = [key for key in known if key.startswith("uci:")]
+        raise unknown("data set", name, names, f"a file uci/{uci[1]}.txt in the folder PAPERWORKS_DATA")
+    raise unknown("data set", name, known, "a .txt or .csv file")
+
+
+def _checked_split(name: str, source: _Source, split: str | None) -> str:
+    if split is None:
+        return "test" if source.splits else ""
+    if not source.splits:
+        raise UsageError(f"{name} has no parts: leave out split={split!r}.")
+    if split not in source.splits:
+        raise UsageError(f"{name} has no part {split!r}: choose one of {', '.join(source.splits)}.")
+    return split
+
+
+def _find(folder: Path, source: _Source, split: str, *, own: bool = False) -> list[Path]:
+    """The files of a set in a folder of all data, or in its `own` folder; empty unless all are there."""
+    names = [file.format(split=split) for file in source.files]
+    files = [folder / (Path(name).name if own else name) for name in names]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _here(source: _Source) -> bool:
+    if source.package:
+        return package_folder(source.package) is not None
+    root = data_root()
+    return bool(root and source.read and any(_find(root, source, split) for split in source.splits or ("",)))
+
+
+def _read(source: _Source, name: str, split: str, files: Sequence[Path]) -> Dataset:
+    assert source.read is not None
+    try:
+        return source.read(name, split, files)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, UsageError):
+            raise
+        shown = ", ".join(map(str, files))
+        raise UsageError(f"{shown} cannot be read as {name}: {error!s}; replace the damaged file.") from error
+
+
+def _own_file(name: str, split: str | None) -> Dataset:
+    file = Path(name).expanduser()
+    if split is not None:
+        raise UsageError(f"{name} is one file, without parts: leave out split={split!r}.")
+    if not file.is_file():
+        raise UsageError(f"There is no file {name!r}: give a text file, a table, or a data set's name.")
+    return _read(_Source("", readers.text if file.suffix == ".txt" else readers.table), file.name, "", [file])
+
+
+def _uci(short: str) -> _Source:
+    known = hosted.UCI.get(short)
+    place = f"uci/{short}.txt"
+    on_openml = known is not None and known.openml is not None
+    return _Source(
+        f"OpenML {known.openml}" if known and on_openml else f"{place} in PAPERWORKS_DATA",
+        readers.table,
+        (place,),
+        fetch=hosted.openml_uci if on_openml else None,
+        cure=f"set PAPERWORKS_DATA to a folder that holds {place} (the last column is the target)",
+    )
+
+
+_SOURCES: dict[str, _Source] = {
+    "wikitext-2": _Source(
+        "Hugging Face Hub, Salesforce/wikitext (wikitext-2-v1)",
+        readers.text,
+        (hosted.WIKITEXT.place,),
+        ("train", "valid", "test"),
+        hosted.wikitext,
+    ),
+    "gsm8k": _Source(
+        "Hugging Face Hub, openai/gsm8k",
+        readers.questions(readers.question),
+        (hosted.GSM8K.place,),
+        ("train", "test"),
+        hosted.questions(hosted.GSM8K, readers.question),
+    ),
+    "humaneval": _Source(
+        "Hugging Face Hub, openai/openai_humaneval",
+        readers.questions(readers.problem),
+        (hosted.HUMANEVAL.place,),
+        fetch=hosted.questions(hosted.HUMANEVAL, readers.problem),
+    ),
+    "mt_bench": _Source(
+        "Hugging Face Hub, HuggingFaceH4/mt_bench_prompts",
+        readers.questions(readers.conversation),
+        (hosted.MT_BENCH.place,),
+        fetch=hosted.questions(hosted.MT_BENCH, readers.conversation),
+    ),
+    "mnist-10k": _Source(
+        "OpenML 554 (mnist_784), the last 10,000",
+        readers.mnist,
+        ("mnist-10k/images-idx3-ubyte.gz", "mnist-10k/labels-idx1-ubyte.gz"),
+        fetch=hosted.openml_mnist,
+    ),
+    "omniglot": _Source(
+        "omniglot/images_background_small1.zip in PAPERWORKS_DATA",
+        readers.omniglot,
+        ("omniglot/images_background_small1.zip",),
+        cure="set PAPERWORKS_DATA to a folder that holds omniglot/images_background_small1.zip, from the "
+        "repository brendenlake/omniglot",
+    ),
+    "exchange_rate": _Source(
+        "exchange_rate/exchange_rate.txt.gz in PAPERWORKS_DATA",
+        readers.series,
+        ("exchange_rate/exchange_rate.txt.gz",),
+        cure="set PAPERWORKS_DATA to a folder that holds exchange_rate/exchange_rate.txt.gz, from the "
+        "repository laiguokun/multivariate-time-series-data",
+    ),
+    **{f"uci:{short}": _uci(short) for short in hosted.UCI},
+    **{
+        name: _Source("scikit-learn", fetch=hosted.scikit_learn, package="sklearn")
+        for name in (*hosted.CLASSES, "diabetes")
+    },
+    "california_housing": _Source("scikit-learn, which downloads it", fetch=hosted.scikit_learn),
+    "mnist1d": _Source(
+        "made by the package mnist1d", splits=("train", "test"), fetch=hosted.mnist1d, package="mnist1d"
+    ),
+}

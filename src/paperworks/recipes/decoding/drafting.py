@@ -1,0 +1,416 @@
+"""What recipes of the decoding room share: prompts as token ids, and drafters trained alike and kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from paperworks import __version__
+from paperworks.errors import UsageError
+from paperworks.lab.cache import cached_folder
+from paperworks.lab.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from paperworks.decoding import Drafter, DraftingData
+
+# Drafters that are trained alike: name in tables and on the command line, class in `paperworks.decoding`, its options.
+DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Medusa": ("Medusa", {}),
+    "Hydra": ("Hydra", {}),
+    "Hydra++": ("Hydra", {"prefix_layer": True, "layers": 4}),
+    "Chimera": ("Chimera", {}),
+    "Chimera, no trigrams": ("Chimera", {"trigram": False}),
+    "Chimera, no context": ("Chimera", {"context_layers": 0}),
+    # The published 60 nodes from 6 levels of 10 would cost more time than they save where 16 nodes are kept.
+    "EAGLE-2": ("FSPAD", {"feature_sampling": False, "partial_alignment": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, feature sampling": ("FSPAD", {"partial_alignment": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, partial alignment": ("FSPAD", {"feature_sampling": False, "depth": 4, "top_k": 4}),
+    "EAGLE-2, two layers": (
+        "FSPAD",
+        {"feature_sampling": False, "partial_alignment": False, "layers": 2, "depth": 4, "top_k": 4},
+    ),
+    "FSPAD": ("FSPAD", {"depth": 4, "top_k": 4}),
+    "First layer": ("RecursiveSpeculation", {"draft": 1}),
+    "First 4 layers": ("RecursiveSpeculation", {"draft": 4}),
+}
+# Answer tokens written, and kept, at once: a hundred a text. A GPU writes hundreds of texts in the time of a few.
+_PART = {"cpu": 12_000, "cuda": 48_000}
+# How often each rank is right, beside a drafter whose tree has a fixed shape.
+_RANKS = "ranks.safetensors"
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What recipes share that train drafters alike and decode the same prompts with each.
+
+    Args:
+        model: Name of the target.
+        prompts: Prompts to decode, built-in or mt_bench, evenly spread over the set.
+        prompt_count: How many of them.
+        new_tokens: Tokens to generate for each.
+        train_tokens: Answer tokens the model writes to train the drafters on.
+        epochs: Passes over them.
+        draft_vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
+        nodes: Drafted tokens a call.
+        repeats: Turns for each prompt.
+        equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
+    """
+
+    model: str = "smollm2-135m"
+    prompts: str = "built-in"
+    prompt_count: int = 8
+    new_tokens: int = 96
+    train_tokens: int = 24_000
+    epochs: float = 3.0
+    draft_vocabulary: int = 4096
+    nodes: int = 8
+    repeats: int = 1
+    equality_prompts: int = 20
+
+
+# What these parameters are at scale tiny, which takes seconds, and at scale paper, on a GPU.
+TINY: dict[str, object] = {
+    "model": "tiny-random-llama", "prompt_count": 2, "new_tokens": 12, "train_tokens": 600, "epochs": 1.0,
+    "draft_vocabulary": 64, "nodes": 4, "equality_prompts": 2,
+}  # fmt: skip
+LARGE: dict[str, object] = {
+    "model": "HuggingFaceTB/SmolLM2-1.7B-Instruct", "prompts": "mt_bench", "prompt_count": 80,
+    "train_tokens": 2_000_000, "draft_vocabulary": 32_000,
+}  # fmt: skip
+
+
+def cpu_friendly_dtype() -> torch.dtype:
+    """bfloat16 where the processor or GPU multiplies it in hardware, else float32."""
+    import torch
+
+    from paperworks.nn import multiplies_bfloat16
+
+    return torch.bfloat16 if multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
+
+
+def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model that will not be trained, on the GPU where there is one, laid out for few tokens at a time; its tokenizer."""
+    import torch
+
+    from paperworks.hub import load_model
+    from paperworks.nn import pack_linears
+
+    if not torch.cuda.is_available():
+        # Under a mask too, attention shares keys between heads and does not copy them for each.
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+    target, tokenizer = load_model(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return pack_linears(target), tokenizer
+
+
+def encode(tokenizer: Any, text: str, *, chat: bool = True) -> torch.Tensor:
+    """What a user says as (1, length) token ids, through the chat template where there is one and `chat` wants it."""
+    import torch
+
+    if chat and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    return torch.tensor([tokenizer.encode(text)])
+
+
+def prompt_ids(model: str, prompts: str, count: int, *, dtype: torch.dtype) -> tuple[Any, Any, list[torch.Tensor]]:
+    """The model, its tokenizer, and `count` prompts as (1, length) token ids, evenly spread over their set.
+
+    Raises:
+        UsageError: There are not so many prompts.
+    """
+    from paperworks.hub import prompts as load_prompts
+
+    texts = load_prompts(prompts)
+    if not 1 <= count <= len(texts):
+        raise UsageError(
+            f"{prompts} has {len(texts)} prompts, so {count} of them cannot be taken: give 1 to {len(texts)}"
+        )
+    target, tokenizer = load_target(model, dtype=dtype)
+    return (
+        target,
+        tokenizer,
+        [encode(tokenizer, text).to(target.device) for text in texts[:: len(texts) // count][:count]],
+    )
+
+
+def _example_questions() -> list[str]:
+    """What users ask, beside which the model asks itself more; none of `paperworks.hub.prompts`, which stay held out."""
+    return (
+        resources.files("paperworks.recipes.decoding")
+        .joinpath("questions.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+
+
+def drafting_data(
+    run: Run, target: Any, tokenizer: Any, *, model: str, tokens: int, seed: int, temperature: float
+) -> DraftingData:
+    """Text that the target wrote itself, with its hidden states; the same for every drafter.
+
+    It is written and kept in parts, so that a run that was stopped goes on where it was, and a longer one begins with
+    what a shorter one wrote. Every other part answers what the model asks by itself, which is what it knows best; the rest
+    what it asks behind examples, for by itself it asks much the same few things.
+    """
+    from paperworks.decoding import DraftingData, collect, self_written
+
+    size = min(_PART.get(target.device.type, _PART["cpu"]), tokens)
+    examples = _example_questions()
+    parts = []
+    with run.progress(tokens, "the target writes its training text") as bar:
+        for part in range(-(-tokens // size)):
+            index, behind_examples = divmod(part, 2)
+            asking = {"examples": examples, "question_temperature": 1.0} if behind_examples else {}
+
+            def build(folder: Path, index: int = index, asking: dict[str, Any] = asking) -> None:
+                import torch
+
+                generator = torch.Generator(target.device).manual_seed(1000 * seed + index)
+                pairs = self_written(
+                    target, tokenizer, tokens=size, temperature=temperature,
+                    batch_size=max(1, size // 100), generator=generator, progress=bar.advance, **asking,
+                )  # fmt: skip
+                collect(target, pairs).save(folder / "data.safetensors")
+
+            key = {
+                "model": model_identity(model, target), "tokens": size, "part": index, "seed": seed,
+                "temperature": temperature, "version": __version__, **asking,
+            }  # fmt: skip
+            folder = cached_folder("drafting-data", key, build)
+            parts.append(DraftingData.load(folder / "data.safetensors"))
+            bar.advance(size * (part + 1) - bar.bar.done)
+    return DraftingData.join(parts)
+
+
+def trained(
+    run: Run,
+    name: str,
+    target: Any,
+    tokenizer: Any,
+    *,
+    model: str,
+    tokens: int,
+    epochs: float,
+    vocabulary: int,
+    nodes: int,
+    seed: int,
+    temperature: float = 0.7,
+) -> Drafter:
+    """The drafter called `name` (see `DRAFTERS`), trained on the common data; kept between runs.
+
+    Args:
+        run: Shows progress.
+        name: One of `DRAFTERS`.
+        target: The model to draft for.
+        tokenizer: Its tokenizer.
+        model: The model's name.
+        tokens: Answer tokens that the target writes to train on.
+        epochs: Passes over them.
+        vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
+        nodes: Drafted tokens a call; a tree of fixed shape is fitted to what greedy decoding accepts on held-out text. It
+            may differ from call to call: what was trained is kept for all.
+        seed: Of text, order and weights.
+        temperature: Of the text.
+    """
+    from safetensors.torch import load_file, save_file
+
+    import paperworks.decoding
+    from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
+    from paperworks.nn import pack_linears
+
+    if nodes < 1:
+        raise UsageError(f"a call drafts at least 1 token, got nodes={nodes}: leave drafting out with plain decoding")
+    kind, options = DRAFTERS[name]
+
+    def build(folder: Path) -> None:
+        import torch
+
+        data = drafting_data(
+            run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature
+        )  # fmt: skip
+        train, held_out = data.split(max(1, min(64, len(data) // 10)))
+        words = train.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
+        torch.manual_seed(seed)
+        drafter = getattr(paperworks.decoding, kind).from_target(target, vocabulary=words, **options)
+        batch = min(8, len(train))
+        with run.progress(max(1, round(epochs * len(train) / batch)), f"training {name}") as bar:
+            train_drafter(
+                drafter, target, train, epochs=epochs, batch_size=batch,
+                generator=torch.Generator().manual_seed(seed), progress=bar.advance,
+            )  # fmt: skip
+        if isinstance(getattr(drafter, "tree", None), TreeShape):
+            accuracy = rank_accuracy(drafter, target, held_out, greedy=True)
+            save_file({"accuracy": accuracy}, folder / _RANKS)
+        drafter.save_pretrained(folder)
+
+    key = {
+        "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
+        "vocabulary": vocabulary, "seed": seed, "temperature": temperature, "examples": _example_questions(),
+        "version": __version__,
+    }  # fmt: skip
+    folder = cached_folder("drafters", key, build)
+    drafter = Drafter.from_pretrained(folder, target)
+    if (folder / _RANKS).exists():
+        drafter.tree = TreeShape.best(load_file(folder / _RANKS)["accuracy"], nodes)  # type: ignore[assignment]
+    elif hasattr(drafter, "nodes"):
+        drafter.nodes = nodes  # type: ignore[assignment]
+    pack_linears(drafter)
+    return drafter
+
+
+def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: str, seed: int) -> None:
+    """Train drafters alike, decode the same prompts greedily with each in turn, and record what each gains and costs.
+
+    Turns are shared with plain decoding and with what transformers offers by itself. All drafters have the same data,
+    draft vocabulary and number of drafted tokens a call.
+
+    Args:
+        run: Keeps what is measured.
+        names: The drafters, of `DRAFTERS`.
+        work: Model, prompts and training.
+        against: That one of them with which the accepted tokens of the others are compared.
+        title: Of the figure.
+        seed: Of text, order and weights.
+    """
+    import torch
+
+    from paperworks.decoding import generate
+
+    target, tokenizer, ids = prompt_ids(work.model, work.prompts, work.prompt_count, dtype=cpu_friendly_dtype())
+    drafters = {
+        name: trained(
+            run, name, target, tokenizer, model=work.model, tokens=work.train_tokens, epochs=work.epochs,
+            vocabulary=work.draft_vocabulary, nodes=work.nodes, seed=seed,
+        )
+        for name in dict.fromkeys(names)
+    }  # fmt: skip
+    accepted: dict[str, dict[int, float]] = {name: {} for name in drafters}
+    calls: dict[str, dict[int, int]] = {name: {} for name in drafters}
+    drafting: dict[str, list[float]] = {name: [] for name in drafters}
+
+    def decode(name: str | None) -> Callable[[int], int]:
+        def call(index: int) -> int:
+            result = generate(
+                target, ids[index], drafter=drafters[name] if name else None, max_new_tokens=work.new_tokens
+            )
+            if name:
+                cost = result.statistics
+                accepted[name][index] = cost.accepted_per_call
+                calls[name][index] = cost.target_calls
+                drafting[name].append(cost.drafting_seconds / (cost.drafting_seconds + cost.target_seconds))
+            return len(result.new_tokens[0])
+
+        return call
+
+    def theirs(**options: Any) -> Callable[[int], int]:
+        def call(index: int) -> int:
+            with torch.inference_mode():
+                text = target.generate(ids[index], max_new_tokens=work.new_tokens, do_sample=False, **options)
+            return int(text.shape[1] - ids[index].shape[1])
+
+        return call
+
+    speed_up = run.compare(
+        baseline=("plain decoding", decode(None)),
+        method={
+            "transformers generate": theirs(),
+            "transformers prompt look-up": theirs(prompt_lookup_num_tokens=10),
+            **{name: decode(name) for name in drafters},
+        },
+        over=range(len(ids)),
+        repeats=work.repeats,
+        unit="tokens/s",
+    )
+    for name in drafters:
+        mean = fmean(accepted[name].values())
+        run.record("accepted per call", mean, unit="tokens", better="higher", series=name)
+        run.record("calls", sum(calls[name].values()), unit="passes", better="lower", series=name)
+        run.record("drafting share", fmean(drafting[name]), unit="of time", better="lower", series=name)
+    order = range(len(ids))
+    for name in (name for name in drafters if name != against):
+        run.ratio(
+            "accepted per call, ratio",
+            method=[accepted[name][index] for index in order],
+            baseline=[accepted[against][index] for index in order],
+            better="higher",
+            series=name,
+            against=against,
+        )
+    if work.equality_prompts:
+        compare_texts(run, work.model, work.prompts, work.equality_prompts, work.new_tokens, drafters)
+    run.figure(
+        speed_figure(title, speed_up, {name: fmean(values.values()) for name, values in accepted.items()}, against)
+    )
+
+
+def compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: int, drafters: dict[str, Any]) -> None:
+    """Record for how many prompts the text in float32 is transformers' own greedy text, token for token."""
+    import copy
+
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    from paperworks.decoding import generate
+
+    target, _, ids = prompt_ids(model, prompts, count, dtype=torch.float32)
+    rows = [row[0] for row in ids]
+    padded = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    with run.progress(2 + len(drafters), "comparing texts in float32") as bar:
+        with torch.inference_mode():
+            expected = target.generate(padded, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        bar.advance()
+        for name, drafter in {"plain decoding": None, **drafters}.items():
+            in_float32 = None if drafter is None else copy.deepcopy(drafter).float()
+            texts = generate(
+                target, padded, attention_mask=mask, drafter=in_float32, max_new_tokens=new_tokens,
+                pad_token_id=int(target.generation_config.pad_token_id or 0),
+            ).sequences  # fmt: skip
+            same = sum(ours.tolist() == theirs.tolist() for ours, theirs in zip(texts, expected, strict=True))
+            run.record("same text", same, unit=f"of {count}", better="higher", series=name)
+            bar.advance()
+
+
+def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:
+    """Speed against plain decoding with intervals, and accepted tokens beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.35 * len(speed_up)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    names = list(speed_up)[::-1]
+    values = [speed_up[name].value for name in names]
+    lows = [speed_up[name].value - (speed_up[name].low or speed_up[name].value) for name in names]
+    highs = [(speed_up[name].high or speed_up[name].value) - speed_up[name].value for name in names]
+
+    def colour(name: str) -> str:
+        return "#1f6f8b" if name in accepted and name != against else "#a9b4bc"
+
+    left.barh(names, values, xerr=[lows, highs], color=[colour(name) for name in names], ecolor="#333333", capsize=3)
+    left.axvline(1, color="#333333", linewidth=0.8)
+    left.set_xlabel("speed against plain decoding")
+    right.barh(list(accepted)[::-1], list(accepted.values())[::-1], color=[colour(name) for name in accepted][::-1])
+    right.axvline(1, color="#333333", linewidth=0.8)
+    right.set_xlabel("tokens a target call")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def model_identity(model: str, target: Any) -> dict[str, Any]:
+    """What tells this model from another of the same name: type, size and a sum over its weights."""
+    weight = target.get_output_embeddings().weight.detach()
+    return {
+        "name": Path(model).name,
+        "parameters": sum(parameter.numel() for parameter in target.parameters()),
+        "dtype": str(target.dtype),
+        "head": float(weight[:: max(1, len(weight) // 64)].double().sum()),
+    }

@@ -1,0 +1,30 @@
+"""Hydra draft heads and Medusa's against plain decoding, on a real model."""
+
+from __future__ import annotations
+
+from paperworks.lab.recipe import recipe
+from paperworks.lab.run import Run
+from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
+
+
+@recipe(
+    "hydra",
+    baseline="plain decoding",
+    tiny={**TINY, "prefix_layer": True},
+    large={**LARGE, "nodes": 63, "prefix_layer": True},
+)
+def hydra(run: Run, work: Drafting = Drafting(), prefix_layer: bool = False, seed: int = 0) -> None:
+    """Hydra draft heads against plain decoding on the same prompts.
+
+    Medusa heads and Hydra's are trained alike on text that the model writes itself, and decode held-out prompts
+    greedily, turn by turn with plain decoding, transformers' own `generate` and its prompt look-up.
+
+    Args:
+        run: Keeps what is measured.
+        work: Model, prompts and training.
+        prefix_layer: Train and measure Hydra++ too, whose heads read through an attention layer.
+        seed: Of text, order and weights.
+    """
+    names = ["Medusa", "Hydra", *(["Hydra++"] if prefix_layer else [])]
+    title = "Hydra: draft heads that see what was drafted before them"
+    pit(run, names, work, against="Medusa", title=title, seed=seed)

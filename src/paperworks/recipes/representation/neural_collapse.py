@@ -1,0 +1,226 @@
+"""Neural collapse on digits: how far training to the end goes, and where imbalanced classes end up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from paperworks.lab.recipe import recipe
+from paperworks.lab.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    from paperworks.representation import FrameGeometry, NeuralCollapse
+
+LENGTHS = "largest error of a row's length"
+
+
+class Trained(NamedTuple):
+    """A network's collapse at the end, its classifier, recall of the rarest class, and steps with errors and NC1."""
+
+    metric: NeuralCollapse
+    weight: Tensor
+    recall: float
+    path: list[tuple[int, int, float]]
+
+    @property
+    def at_zero_error(self) -> float:
+        """NC1 at the first of these steps without an error; at the last where all have some."""
+        return next((nc1 for _, wrong, nc1 in self.path if not wrong), self.path[-1][2])
+
+
+@recipe(
+    "neural-collapse",
+    baseline="the network at zero training error, and the frame of balanced classes",
+    headline="fall of NC1",
+    tiny={"classes": 3, "smallest": 5, "largest": 15, "width": 16, "steps": 60, "seeds": 2},
+    large={"width": 1024, "steps": 20_000, "seeds": 10},
+)
+def neural_collapse(
+    run: Run,
+    classes: int = 10,
+    smallest: int = 15,
+    largest: int = 150,
+    width: int = 128,
+    steps: int = 1500,
+    seeds: int = 3,
+    restarts: int = 1,
+    seed: int = 0,
+) -> None:
+    """Networks trained on digits far past zero error, against the closed form of the unconstrained feature model.
+
+    A multi-layer perceptron without a last bias minimises squared error with decay of features and classifier. Balanced
+    classes tell how far NC1 falls after the first step without a training error; imbalanced ones are compared with the
+    predicted frame, and with that of balanced classes; then decay is raised past the smallest class's threshold.
+
+    Args:
+        run: Keeps what is measured.
+        classes: Digits to tell apart.
+        smallest: Samples of the rarest digit.
+        largest: Samples of the commonest; those between are spaced geometrically.
+        width: Of the two hidden layers, and of the features.
+        steps: Of training, each on all samples.
+        seeds: Networks.
+        restarts: Starting points of the solver.
+        seed: Of the first network.
+    """
+    import numpy as np
+    import torch
+
+    from paperworks.representation import frame_geometry, unconstrained_features
+
+    counts = np.geomspace(largest, smallest, classes).round().astype(int).tolist()
+    edge = smallest**0.5 / sum(counts)
+    lam = 0.3 * edge
+
+    even, frame = [max(2, sum(counts) // classes)] * classes, frame_geometry(counts, lam_w=lam, lam_h=lam)
+    found = unconstrained_features(
+        counts, classes + 2, lam_w=lam, lam_h=lam, restarts=restarts, generator=torch.Generator().manual_seed(seed)
+    )
+    run.record(LENGTHS, row_error(found.product, frame), better="lower", series="solver")
+    networks = range(seed, seed + seeds)
+    balanced = [train(even, width, lam, steps, number) for number in run.progress(networks, "balanced")]
+    imbalanced = [train(counts, width, lam, steps, number) for number in run.progress(networks, "imbalanced")]
+    first, last = [one.at_zero_error for one in balanced], [one.path[-1][2] for one in balanced]
+    run.record("NC1", float(np.mean(first)), better="lower", series="zero training error")
+    run.record("NC1", float(np.mean(last)), better="lower", series="end of training")
+    run.ratio("fall of NC1", method=first, baseline=last, series="end of training", against="zero training error")
+    run.record(LENGTHS, max(row_error(one.weight, frame) for one in imbalanced), better="lower", series="network")
+    run.ratio(
+        "distance of the rows (NC2)",
+        method=[float(one.metric.against(frame)["nc2_gof"]) for one in imbalanced],
+        baseline=[float(one.metric.compute()["nc2_of"]) for one in imbalanced],
+        better="lower", series="predicted frame", against="balanced frame",
+    )  # fmt: skip
+
+    # Below its threshold the rarest class's |p|^2 = sqrt(n) - N lam falls on a line, which is followed to zero.
+    shares, squared = (0.4, 0.6, 0.8, 1.2), []
+    for share in run.progress(shares, "decay"):
+        one = train(counts, width, share * edge, steps, seed)
+        squared.append(float(one.weight[-1].square().sum()))
+        logit = float(one.metric.class_means[-1] @ one.weight[-1].double())
+        run.record("rarest digit's own logit", logit, better="higher", series=f"{share:g} of the threshold")
+        run.record("rarest digit's recall", one.recall, better="higher", series=f"{share:g} of the threshold")
+    slope, offset = np.polyfit(shares[:-1], squared[:-1], 1)
+    run.record("threshold found / predicted", float(-offset / slope), better="lower", series="network")
+    run.record("squared row of the rarest digit", squared[-1], better="lower", series="1.2 of the threshold")
+    run.compare(
+        baseline=("solver", lambda: unconstrained_features(counts, classes, lam_w=lam, lam_h=lam, restarts=1)),
+        method={"closed form": lambda: frame_geometry(counts, lam_w=lam, lam_h=lam)},
+        repeats=2,
+    )
+    run.figure(_figure(balanced[0].path, imbalanced[0].weight, frame, shares, squared, smallest, edge))
+
+
+def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int) -> Trained:
+    """A network with two hidden layers, and features of any sign, on so many of each digit."""
+    import torch
+    from torch import nn
+
+    from paperworks.representation import NeuralCollapse
+
+    x, y = digits(counts, seed)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        body = nn.Sequential(
+            nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+        )
+        head = nn.Linear(width, len(counts), bias=False)
+    model = nn.Sequential(body, head)
+    wanted, path, every = nn.functional.one_hot(y).float(), [], max(1, steps // 60)
+
+    def objective() -> Tensor:
+        features = body(x)
+        error = (head(features) - wanted).square().sum() / 2 / len(x)
+        return error + lam / 2 * (features.square().sum() + head.weight.square().sum())
+
+    def watch(step: int) -> None:
+        if (step + 1) % every == 0 or step == steps - 1:
+            metric = NeuralCollapse(len(counts), weight=head.weight)
+            with torch.no_grad():
+                features = body(x)
+            metric.update(features, y)
+            wrong = int((head(features).argmax(1) != y).sum())
+            path.append((step + 1, wrong, float(metric.compute()["nc1"])))
+
+    descend(list(model.parameters()), objective, steps, watch)
+    with torch.no_grad():
+        recall = float((model(x[y == len(counts) - 1]).argmax(1) == len(counts) - 1).float().mean())
+    return Trained(NeuralCollapse.from_model(model, [(x, y)], "1"), head.weight.detach(), recall, path)
+
+
+def row_error(rows: Tensor, frame: FrameGeometry) -> float:
+    """The largest relative error of a row's length among the classes that have one."""
+    wanted = frame.weight_squared.sqrt()
+    kept = ~frame.collapsed
+    return float(((rows.double().norm(dim=1) - wanted) / wanted)[kept].abs().max())
+
+
+def digits(counts: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+    """So many digits of each class, drawn at random: pixels within [-1, 1], and labels."""
+    import numpy as np
+    import torch
+
+    from paperworks.hub import load_dataset
+
+    data = load_dataset("digits")
+    random = np.random.default_rng(seed)
+    rows = np.concatenate(
+        [random.permutation(np.flatnonzero(data.y == label))[:count] for label, count in enumerate(counts)]
+    )
+    return torch.tensor(data.X[rows] / 8 - 1, dtype=torch.float32), torch.tensor(data.y[rows])
+
+
+def descend(
+    parameters: Sequence[nn.Parameter],
+    objective: Callable[[], Tensor],
+    steps: int,
+    each: Callable[[int], None] | None = None,
+) -> None:
+    """Adam on the whole objective, its rate falling to zero along a cosine."""
+    import torch
+
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        objective().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if each is not None:
+            each(step)
+
+
+def _figure(
+    path: list[tuple[int, int, float]],
+    weight: Tensor,
+    frame: FrameGeometry,
+    shares: Sequence[float],
+    squared: Sequence[float],
+    smallest: int,
+    edge: float,
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.semilogy([step for step, *_ in path], [nc1 for *_, nc1 in path], color="#1f6f8b")
+    zero = next((step for step, wrong, _ in path if not wrong), None)
+    if zero is not None:
+        left.axvline(zero, color="#333333", linestyle=":", label="zero training error")
+        left.legend(frameon=False)
+    left.set(xlabel="step", ylabel="NC1, balanced")
+    middle.plot(frame.counts, frame.weight_squared.sqrt(), color="#333333", label="predicted")
+    middle.plot(frame.counts, weight.norm(dim=1), "o", color="#1f6f8b", label="network")
+    middle.set(xlabel="samples of a class", ylabel="length of its row")
+    middle.legend(frameon=False)
+    total = float(frame.counts.sum())
+    right.plot([0, 1, 1.3], [smallest**0.5, smallest**0.5 - total * edge, 0], color="#333333", label="predicted")
+    right.plot(shares, squared, "o", color="#1f6f8b", label="network")
+    right.set(xlabel="decay / predicted threshold", ylabel="squared row of the rarest class")
+    right.legend(frameon=False)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

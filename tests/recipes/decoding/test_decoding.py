@@ -1,0 +1,68 @@
+"""Recipes of the decoding room, seconds long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paperworks.lab import execute
+from paperworks.lab.executors import execute as run_recipe
+from paperworks.lab.run import Run
+from paperworks.recipes.decoding.drafting import load_target, trained
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / name)
+
+
+def test_hydra_measures_every_row():
+    run = run_recipe("hydra", scale="tiny", show_progress=False)
+    assert run.status == "finished", run.traceback
+    rows = {(m.name, m.series) for m in run.measurements}
+    for name in ("Medusa", "Hydra", "Hydra++"):
+        assert {("speed", name), ("speed-up", name), ("accepted per call", name), ("same text", name)} <= rows
+    assert {
+        ("speed", "plain decoding"),
+        ("speed", "transformers generate"),
+        ("speed", "transformers prompt look-up"),
+    } <= rows
+    same = [m for m in run.measurements if m.name == "same text"]
+    assert all(m.value == 2 for m in same) and len(same) == 4
+    assert run.artefacts["figure"].is_file()
+
+
+def test_hydra_reuses_trained_heads_and_mends_damaged_ones(tmp_path):
+    first = execute("hydra", scale="tiny", parameters={"equality_prompts": 0}, show_progress=False)
+    drafters = sorted((tmp_path / "paperworks" / "drafters").iterdir())
+    times = [(folder / "model.safetensors").stat().st_mtime_ns for folder in drafters]
+    (drafters[0] / "model.safetensors").write_bytes(b"rubbish")
+    again = execute("hydra", scale="tiny", parameters={"equality_prompts": 0}, show_progress=False)
+    assert again.status == "finished" and sorted((tmp_path / "paperworks" / "drafters").iterdir()) == drafters
+    new = [(folder / "model.safetensors").stat().st_mtime_ns for folder in drafters]
+    assert new[1:] == times[1:] and new[0] != times[0]
+    accepted = [[m.value for m in run.measurements if m.name == "accepted per call"] for run in (first, again)]
+    assert accepted[0] == accepted[1]
+
+
+def test_one_training_serves_trees_of_every_size(tmp_path, monkeypatch):
+    target, tokenizer = load_target("tiny-random-llama", dtype=torch.float32)
+    options = {"model": "tiny-random-llama", "tokens": 300, "epochs": 1.0, "vocabulary": 32, "seed": 0}
+    small = trained(Run("hydra"), "Hydra", target, tokenizer, nodes=4, **options)
+    monkeypatch.setattr("paperworks.decoding.train_drafter", None)
+    large = trained(Run("hydra"), "Hydra", target, tokenizer, nodes=7, **options)
+    assert [len(drafter.tree) for drafter in (small, large)] == [5, 8]
+    assert set(small.tree.paths) < set(large.tree.paths)
+    for one, other in zip(small.parameters(), large.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_nodes_is_one_sentence_before_anything_is_trained(tmp_path):
+    run = execute("hydra", scale="tiny", parameters={"nodes": 0}, show_progress=False)
+    assert run.status == "failed" and "at least 1 token, got nodes=0" in run.error
+    assert getattr(run.exception, "exit_status", 1) == 2 and not (tmp_path / "paperworks").exists()
+
+
+def test_unknown_model_is_one_sentence():
+    run = execute("hydra", scale="tiny", parameters={"model": "no-such-model"}, show_progress=False)
+    assert run.status == "failed" and "no-such-model" in run.error and getattr(run.exception, "exit_status", 1) == 2
