@@ -80,7 +80,44 @@ def test_search_brings_decoding_papers_first(paperworks):
 
 def test_show_tells_claims_and_import(paperworks):
     _, out, _ = paperworks("show", "Hydra")
-    assert "from paperworks.decoding import Hydra" in out and "paper:" in out and "2402.05109" in out
+    assert "from paperworks.decoding import Hydra" in out and "claims hold" in out and "2402.05109" in out
+
+
+def test_claims_are_listed_with_their_verdicts_and_the_sum(paperworks):
+    status, out, _ = paperworks("claims", "--room", "decoding", "--json")
+    told = json.loads(out)
+    assert status == 0 and sum(told["verdicts"].values()) == len(told["claims"])
+    assert {one["paper"] for one in told["claims"]} <= {p.slug for p in load_cards().values() if p.room == "decoding"}
+    _, out, _ = paperworks("claims", "hydra")
+    verdicts_of_hydra = [one for one in told["claims"] if one["paper"] == "hydra"]
+    assert out.splitlines()[-1].startswith(f"{len(verdicts_of_hydra)} claims: ")
+    for one in verdicts_of_hydra:
+        assert one["verdict"] in out
+    only = json.loads(paperworks("claims", "hydra", "--verdict", verdicts_of_hydra[0]["verdict"], "--json")[1])
+    assert {one["verdict"] for one in only["claims"]} == {verdicts_of_hydra[0]["verdict"]}
+    status, _, err = paperworks("claims", "--verdict", "splendid")
+    assert status == 2 and "there is no verdict 'splendid', only reproduced" in err
+    status, _, err = paperworks("claims", "tsdiff")
+    assert status == 2 and "tsdiff is planned" in err
+
+
+def test_list_shows_what_a_paper_does_whole_and_its_verdicts(monkeypatch, paperworks):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = paperworks("list", "--room", "decoding")
+    assert "…" not in out and all(len(line) <= 80 for line in out.splitlines())
+    words = " ".join(out.split())
+    for paper in (p for p in load_cards().values() if p.room == "decoding"):
+        assert all(word in words for word in paper.summary.split(". ")[0].rstrip(".").split())
+    assert "claims hold" in words.replace("claims measured", "claims")
+
+
+def test_every_figure_of_a_run_is_told_on_request(paperworks, toys):
+    _, out, _ = paperworks("run", "hydra", "--json")
+    run = json.loads(out)["id"]
+    for what in (run, "hydra"):
+        _, out, _ = paperworks("results", what, "--all")
+        assert all(f"{m['name']}" in out for m in json.loads(paperworks("results", run, "--json")[1])["measurements"])
+        assert "higher" in out and "against" in out
 
 
 def test_show_tells_why_a_figure_falls_short(paperworks):
@@ -90,7 +127,7 @@ def test_show_tells_why_a_figure_falls_short(paperworks):
 
 def test_run_prints_table_and_keeps_the_run(paperworks, toys):
     status, out, _ = paperworks("run", "hydra", "--throws", "5")
-    assert status == 0 and "2x (2 to 2)" in out and "finished" in out
+    assert status == 0 and "2x (2–2)" in out and "claims hold" in out and "finished" in out
     status, out, _ = paperworks("results", "hydra", "--json")
     run = json.loads(out)[0]
     assert run["parameters"] == {"throws": 5, "model": "dice"} and run["measurements"][0]["value"] == 5

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from paperworks.lab.run import Measurement
+from paperworks.page.citing import bibtex
 from paperworks.page.entries import Entry
-from paperworks.page.rendering import bibtex, mathematics, outward, spans, text, verdict, with_query
+from paperworks.page.rendering import mathematics, outward, spans, standing, text, with_query
 
 WHEN = datetime(2026, 11, 20, tzinfo=UTC)
 HOSTILE = [
@@ -99,12 +100,25 @@ def test_intervals_share_one_logarithmic_axis():
     assert spans([Measurement("time", 3.0, "s")]) == [None]
 
 
-def test_the_verdict_follows_the_interval_and_the_direction():
+def test_the_standing_follows_the_interval_and_the_direction():
     def ratio(low, high, better="higher"):
-        return verdict(Measurement("r", (low + high) / 2, "x", better, low=low, high=high, against="plain"))
+        return standing(Measurement("r", (low + high) / 2, "x", better, low=low, high=high, against="plain"))
 
     assert [ratio(1.1, 1.3), ratio(0.9, 1.2), ratio(0.7, 0.9)] == ["better", "even", "worse"]
     assert [ratio(1.1, 1.3, "lower"), ratio(0.7, 0.9, "lower")] == ["worse", "better"]
+    assert standing(Measurement("r", 1.5, "x", against="plain")) == "even"
+    gained = Measurement("gained", 0.2, "", low=0.1, high=0.3, against="plain")
+    assert standing(gained) == "better" and spans([gained]) == [None]
+
+
+def test_a_figure_that_is_taken_to_nothing_is_neither_better_nor_worse():
+    assert standing(Measurement("rank correlation", 0.84)) == standing(Measurement("tables won", 3, "of 6")) == ""
+
+
+def test_a_measured_zero_is_a_figure():
+    [span] = spans([Measurement("r", 0.5, "x", low=0.0, high=0.9, against="plain")])
+    assert span is None
+    assert standing(Measurement("r", 0.0, "x", "lower", low=0.0, high=0.5, against="plain")) == "better"
 
 
 def test_addresses():

@@ -1,4 +1,4 @@
-"""The command line: list, search, show, run, compare, generate, inspect, results, bench, ingest, serve, digest."""
+"""The command line: list, search, show, claims, run, compare, generate, inspect, results, bench, ingest, serve, digest."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def app() -> typer.Typer:
     program.command("list", epilog="Example: `paperworks list --room decoding`")(papers.list_papers)
     program.command("search", epilog='Example: `paperworks search "make my llm faster"`')(papers.search_papers)
     program.command("show", epilog="Example: `paperworks show hydra`")(papers.show)
+    program.command("claims", epilog="Example: `paperworks claims hydra`")(papers.claims)
     program.command(
         "compare",
         epilog="Example: `paperworks compare hydra chimera --new-tokens 64`",

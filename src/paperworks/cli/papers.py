@@ -16,7 +16,7 @@ def list_papers(
     status: Annotated[str | None, typer.Option(help="Only planned, runs or measured.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The papers, what works, and the newest figure of each."""
+    """The papers: what each does, and how many of its claims hold here."""
     from paperworks.lab import records
 
     if room is not None and room not in ROOMS:
@@ -32,33 +32,36 @@ def list_papers(
 
 
 def _print_papers(papers: list[Paper], as_json: bool, *, by_room: bool = False) -> None:
-    """The papers as a table, in their order with the whole first sentence of each, or one line each under their rooms."""
+    """The papers as a table, under their rooms or in their order: what each does, and how many of its claims hold."""
     from paperworks.lab import records
+    from paperworks.lab.verdicts import in_words, tally, verdicts
 
+    found = {paper.slug: verdicts(paper) if records.status(paper) != "planned" else [] for paper in papers}
     if as_json:
-        return print_json([{**paper.model_dump(), "status": records.status(paper)} for paper in papers])
+        return print_json(
+            [
+                {**paper.model_dump(), "status": records.status(paper), "verdicts": tally(found[paper.slug])}
+                for paper in papers
+            ]
+        )
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    console = terminal()
     widest = max((len(paper.slug) for paper in papers), default=0)
     table.add_column("slug", no_wrap=True, min_width=widest)
-    table.add_column("status", no_wrap=True, min_width=len("measured"))
-    room_left = max(20, console.width - widest - len("measured") - 26) if by_room else None
-    table.add_column("what it does", no_wrap=by_room, overflow="ellipsis", max_width=room_left)
-    table.add_column("newest figure", overflow="fold", min_width=18)
+    table.add_column("what it does", min_width=20)
+    table.add_column("here", min_width=len("contradicted"))
     room = None
     for paper in sorted(papers, key=lambda paper: list(ROOMS).index(paper.room)) if by_room else papers:
         if by_room and paper.room != room:
             table.add_section()
-            table.add_row(f"[bold]{paper.room}[/bold]", "", f"[bold]{ROOMS[paper.room]}[/bold]", "")
+            table.add_row(f"[bold]{paper.room}[/bold]", f"[bold]{ROOMS[paper.room]}[/bold]", "")
         room = paper.room
-        record = records.load_records().get(paper.slug)
-        best = records.headline(record) if record else None
-        newest = f"{best.name} {records.interval(best)}" if best else ""
-        table.add_row(paper.slug, records.status(paper), paper.summary.split(". ")[0], newest)
-    console.print(table)
+        status = records.status(paper)
+        here = f"{status}: {in_words(found[paper.slug])}" if status == "measured" else status
+        table.add_row(paper.slug, paper.summary.split(". ")[0].rstrip("."), here)
+    terminal().print(table)
 
 
 def search_papers(
@@ -79,13 +82,21 @@ def show(
 ) -> None:
     """A paper's card, its claims, how to import it, and the newest figures."""
     from paperworks.lab import records
-    from paperworks.lab.report import claims, grid, tall
+    from paperworks.lab.report import print_claims, rendered, table, told
+    from paperworks.lab.verdicts import verdicts
 
     card = get(paper)
-    record = records.load_records().get(card.slug)
+    kept = records.records_of(card.slug)
+    found = verdicts(card)
     if as_json:
-        newest = record and {**record, "measurements": [m.__dict__ for m in record["measurements"]]}
-        return print_json({**card.model_dump(), "status": records.status(card), "record": newest})
+        return print_json(
+            {
+                **card.model_dump(exclude={"claims"}),
+                "claims": [verdict.as_json() for verdict in found],
+                "status": records.status(card),
+                "records": [{**r, "measurements": [m.__dict__ for m in r["measurements"]]} for r in kept],
+            }
+        )
     console = terminal()
     console.print(f"[bold]{card.title}[/bold] ({card.year})", highlight=False)
     for line in (
@@ -94,20 +105,55 @@ def show(
         card.code and f"{card.code} ({card.licence or 'licence not known'})",
     ):
         if line:
-            console.print(line, highlight=False)
-    console.print(f"\n{card.summary}\n", highlight=False)
+            console.print(line, highlight=False, markup=False)
+    console.print(f"\n{card.summary}\n", highlight=False, markup=False)
     state = records.status(card)
     console.print(f"{state} · {card.room}: {ROOMS[card.room]} · {', '.join(card.tags)}", highlight=False)
     if state != "planned":
-        console.print("\n".join(["", *card.imports, f"paperworks run {card.slug}"]), highlight=False)
-    console.print("\n".join(["", *claims(card)]), highlight=False)
-    if record:
-        headings, rows = tall(*grid(record["measurements"]))
-        from rich.table import Table
+        console.print("\n".join(["", *card.imports, f"paperworks run {card.slug}"]), highlight=False, markup=False)
+    for record in kept:
+        console.print()
+        console.print(rendered(*table(card.slug, record["measurements"]), console.width), highlight=False)
+        console.print(f"\n{told(record)}", highlight=False, markup=False)
+    console.print()
+    print_claims(console, found)
+    if kept and card.shortfall:
+        console.print(f"\nShort of the claims: {card.shortfall}", highlight=False, markup=False)
 
-        table = Table(*headings, title="measured", title_justify="left", caption=records.machine(record["environment"]))
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        if card.shortfall:
-            console.print(f"Short of the claim: {card.shortfall}", highlight=False)
+
+def claims(
+    paper: Annotated[str | None, typer.Argument(help="Slug, public name or arXiv number; all by default.")] = None,
+    room: Annotated[str | None, typer.Option(help="Only this room.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only claims with this verdict.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What the papers claim, what was measured here, and the verdict; a line a claim, the sum at the end."""
+    from paperworks.lab import records
+    from paperworks.lab.report import claims as told_claims
+    from paperworks.lab.report import rendered
+    from paperworks.lab.verdicts import KINDS, tally, verdicts
+
+    if room is not None and room not in ROOMS:
+        raise UsageError(f"there is no room {room!r}, only {', '.join(ROOMS)}")
+    if verdict is not None and verdict not in KINDS:
+        raise UsageError(f"there is no verdict {verdict!r}, only {', '.join(KINDS)}")
+    if paper is not None and records.status(get(paper)) == "planned":
+        raise UsageError(f"{get(paper).slug} is planned: nothing here speaks to its claims yet")
+    cards = [get(paper)] if paper is not None else list(load_cards().values())
+    found = {
+        card.slug: [one for one in verdicts(card) if verdict in (None, one.kind)]
+        for card in cards
+        if room in (None, card.room) and records.status(card) != "planned"
+    }
+    counts = tally([one for claimed in found.values() for one in claimed])
+    if as_json:
+        listed = [{"paper": slug, **one.as_json()} for slug, claimed in found.items() for one in claimed]
+        return print_json({"claims": listed, "verdicts": counts})
+    console = terminal()
+    for slug, claimed in found.items():
+        if claimed:
+            console.print(f"\n[bold]{slug}[/bold]", highlight=False)
+            console.print(rendered(*told_claims(claimed), console.width), highlight=False)
+    total = sum(counts.values())
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    console.print(f"\n{total} claim{'' if total == 1 else 's'}{f': {told}' if told else ''}", highlight=False)

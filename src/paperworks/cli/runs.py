@@ -92,15 +92,21 @@ def _execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool
     return run
 
 
-def _report(runs: list[Any], as_json: bool) -> int:
-    from paperworks.lab.report import results_table
+def _report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
+    from paperworks.lab.benchmarks import every_figure
+    from paperworks.lab.records import as_record
+    from paperworks.lab.report import print_results, rendered
 
     if as_json:
         print_json([_as_json(run) for run in runs] if len(runs) > 1 else _as_json(runs[0]))
     else:
+        console = terminal()
         for run in runs:
             if run.measurements:
-                terminal().print(results_table(run, get(run.paper)))
+                print_results(console, get(run.paper), as_record(run) | {"measurements": run.measurements})
+            if every and run.measurements:
+                console.print()
+                console.print(rendered(*every_figure(run.measurements), console.width), highlight=False)
             for path in run.artefacts.values():
                 print(f"{'figure' if path.suffix == '.png' else path.name}: {path}")
             if run.finished:
@@ -129,6 +135,7 @@ def compare(
     """Run several papers on the same work, side by side: one table, one figure."""
     from paperworks.lab.compare import side_by_side
     from paperworks.lab.recipe import find
+    from paperworks.lab.report import rendered
 
     words = [*papers, *context.args]
     first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
@@ -147,8 +154,9 @@ def compare(
     ]
     if as_json:
         return _report(runs, True)
-    table, figure = side_by_side(runs)
-    terminal().print(table)
+    (headings, rows), figure = side_by_side(runs)
+    console = terminal()
+    console.print(rendered(headings, rows, console.width), highlight=False)
     if figure:
         print(f"figure: {figure}")
     return max(0 if run.status == "finished" else 1 for run in runs)
@@ -170,6 +178,7 @@ def results(
     what: Annotated[str | None, typer.Argument(help="A paper, or the id of a run to see it whole.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many runs to show.")] = 20,
     store: StoreOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Every figure of the run, a line each.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the newest finished run as Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -184,7 +193,7 @@ def results(
     with Store(store) as opened:
         if what is not None and what[:8].isdigit() and "-" in what:
             run = opened.run(what)
-            _report([run], as_json)
+            _report([run], as_json, every=every)
             if not as_json:
                 for log in run.logs:
                     print(log.message)
@@ -192,11 +201,14 @@ def results(
                     print(run.traceback)
             return
         paper = get(what) if what is not None else None
-        runs = opened.runs(paper.slug if paper else None, limit=limit)
+        runs = opened.runs(paper.slug if paper else None, limit=1 if every else limit)
     if as_json:
         return print_json([_as_json(run) for run in runs])
     if not runs:
         print(f"nothing was measured here yet: `paperworks run {paper.slug if paper else 'hydra'}` does it")
+        return
+    if every:
+        _report(runs, False, every=True)
         return
     if markdown:
         newest = next((run for run in runs if run.status == "finished"), None)
@@ -226,7 +238,7 @@ def bench(
     store: StoreOption = None,
 ) -> int:
     """Run recipes at their default scale and write `benchmarks/` in this checkout."""
-    from paperworks.lab import records
+    from paperworks.lab import benchmarks, records
     from paperworks.lab.recipe import recipes
 
     root = records.checkout()
@@ -242,7 +254,7 @@ def bench(
         run = _execute(slug, {}, as_json=False, verbose=True, store=store)
         worst = max(worst, _report([run], False))
         if run.status == "finished":
-            print(f"record: {records.write_record(run, root)}")
+            print(f"record: {benchmarks.write_record(run, root)}")
     return worst
 
 

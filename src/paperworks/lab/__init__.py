@@ -18,15 +18,15 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paperworks.lab.measure import Ratio
-from paperworks.lab.recipe import Parameter, Recipe, recipe
+from paperworks.lab.measure import Effect
+from paperworks.lab.recipe import Between, Data, Model, Parameter, Recipe, recipe
 from paperworks.lab.run import Measurement, Run
 
 if TYPE_CHECKING:
     from paperworks.lab.executors import execute
     from paperworks.lab.store import Store
 
-__all__ = ["Measurement", "Parameter", "Ratio", "Recipe", "Run", "Store", "execute", "recipe"]
+__all__ = ["Between", "Data", "Effect", "Measurement", "Model", "Parameter", "Recipe", "Run", "Store", "execute", "recipe"]
 
 # SQLAlchemy takes a while to load, and listing recipes does not need it.
 _LATER = {"Store": "paperworks.lab.store", "execute": "paperworks.lab.executors"}

@@ -3,49 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from paperworks.lab.report import grid
+from paperworks.lab.recipe import recipes
+from paperworks.lab.report import Grid, grid
 from paperworks.lab.run import Measurement, Run
 
-if TYPE_CHECKING:
-    from rich.table import Table
 
+def side_by_side(runs: list[Run]) -> tuple[Grid, Path | None]:
+    """What all runs measured in one grid, rows named after their paper, and a figure of their ratios.
 
-def side_by_side(runs: list[Run]) -> tuple[Table, Path | None]:
-    """What all runs measured in one table, rows named after their paper, and a figure of their ratios.
-
-    What only some of them measured is in their own tables; where they have nothing in common, all is shown.
+    Of what they have in common the columns of their recipes' tables are shown. What only some of them measured is in their
+    own tables; where they have nothing in common, all is shown.
 
     Args:
         runs: Runs of different papers, made on the same work.
 
     Returns:
-        The table, and the figure's path where a ratio was measured.
+        Headings and rows, and the figure's path where a ratio was measured.
     """
-    from rich.table import Table
-
     measured = [
         Measurement(**{**m.__dict__, "series": f"{run.paper}: {m.series or ''}".rstrip(": ")})
         for run in runs
         for m in run.measurements
     ]
     common = set.intersection(*({(m.name, m.against) for m in run.measurements} for run in runs))
-    headings, rows = grid([m for m in measured if (m.name, m.against) in common] or measured)
-    table = Table(title=" against ".join(run.paper for run in runs), title_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", overflow="fold", min_width=0 if index else 20)
-    for row in rows:
-        table.add_row(*row)
+    named = {column for run in runs if (found := recipes().get(run.paper)) for column in found.columns}
+    shared = [m for m in measured if (m.name, m.against) in common]
+    told = [m for m in shared if {m.name, f"{m.name} against {m.against}"} & named]
+    headings, rows = grid(told or shared or measured)
     ratios = [m for m in measured if m.against and m.name == next((r.name for r in measured if r.against), None)]
     if not ratios:
-        return table, None
+        return (headings, rows), None
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.4 * len(ratios)), layout="constrained")
     axes = figure.subplots()
     for place, ratio in enumerate(reversed(ratios)):
-        low, high = ratio.low or ratio.value, ratio.high or ratio.value
+        low, high = ratio.ends
         axes.barh(place, ratio.value, color="#1f6f8b", xerr=[[ratio.value - low], [high - ratio.value]], capsize=3)
     axes.set_yticks(range(len(ratios)), [ratio.series or "" for ratio in reversed(ratios)])
     axes.axvline(1, color="#333333", linewidth=0.8)
@@ -54,4 +48,4 @@ def side_by_side(runs: list[Run]) -> tuple[Table, Path | None]:
     path = runs[0].artefact_folder.parent / f"compare-{'-'.join(run.paper for run in runs)}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    return table, path
+    return (headings, rows), path

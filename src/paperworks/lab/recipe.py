@@ -9,14 +9,14 @@ import os
 import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache, partial
 from importlib.metadata import entry_points
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from paperworks.errors import UsageError
 from paperworks.papers import load_cards
@@ -27,7 +27,54 @@ if TYPE_CHECKING:
 _EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
+# More do not fit beside one another in 80 characters.
+MOST_COLUMNS = 6
+
 _registry: dict[str, Recipe] = {}
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both allowed, as in `Annotated[int, Between(1, 400)]`.
+
+    The lower bound holds everywhere. The upper one holds for runs that others start from the web, which are to end
+    within about the time of the default scale; a run on one's own machine may be as long as one likes.
+
+    Raises:
+        ValueError: They are no finite numbers, or the lower one is above the upper one.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high):
+            raise ValueError(f"bounds are two finite numbers, the lower one first, not {self.low} and {self.high}")
+
+
+@dataclass(frozen=True, init=False)
+class _Named:
+    """Marks a text that names something which the hub may have to fetch.
+
+    On the web one chooses among what is there already; the command line takes any name, and paths.
+
+    Args:
+        *names: Which of the hub's names are offered, as patterns, all of them by default; and words of the recipe's
+            own, which are always there.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names or ("*",))
+
+
+class Model(_Named):
+    """Marks a text that names a model, as in `Annotated[str, Model("*", "first layer")]`."""
+
+
+class Data(_Named):
+    """Marks a text or a `Literal` that names data, as in `Annotated[str, Data("uci:*")]`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +86,8 @@ class Parameter:
         type: `int`, `float`, `bool`, `str`, a `Literal[...]` or an `Enum` class.
         default: Its value at the default scale.
         help: What it means, from the `Args` section of the recipe's docstring.
+        bounds: Of a number.
+        names: What a text names, where it is a model or data.
 
     Example:
         >>> Parameter("new_tokens", int, 128).parse("64")
@@ -51,6 +100,8 @@ class Parameter:
     type: Any
     default: Any
     help: str = ""
+    bounds: Between | None = None
+    names: Model | Data | None = None
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -68,13 +119,17 @@ class Parameter:
             value: A value of the type, or text that spells one. An `Enum` member is spelt by its value.
 
         Raises:
-            UsageError: The value is not one of this type.
+            UsageError: The value is not one of this type, or below its lower bound.
 
         Example:
             >>> Parameter("temperature", float, 1.0).parse("warm")
             Traceback (most recent call last):
             ...
             paperworks.errors.UsageError: temperature takes a finite number, not 'warm'
+            >>> Parameter("epochs", int, 3, bounds=Between(1, 12)).parse("0")
+            Traceback (most recent call last):
+            ...
+            paperworks.errors.UsageError: epochs takes a whole number of at least 1, not '0'
         """
         if self.choices:
             by_spelling = {str(_plain(choice)): choice for choice in self.choices}
@@ -83,10 +138,15 @@ class Parameter:
                 return by_spelling[spelling]
             expected, near = f"one of {', '.join(by_spelling)}", _did_you_mean(spelling, by_spelling)
         else:
+            expected, near = _EXPECTED[self.type], ""
+            if self.bounds is not None:
+                expected += f" of at least {self.bounds.low}"
             try:
-                return _CONVERT[self.type](value)
+                converted = _CONVERT[self.type](value)
+                if self.bounds is None or converted >= self.bounds.low:
+                    return converted
             except ValueError:
-                expected, near = _EXPECTED[self.type], ""
+                pass
         raise UsageError(f"{self.name} takes {expected}, not {value!r}{near}")
 
 
@@ -147,7 +207,8 @@ class Recipe:
         scales: For each scale the options that differ from the default one.
         function: The function itself.
         seeded: Whether the function takes the run's seed as `seed`.
-        headline: Name of the measurement that a list shows.
+        columns: The measurements that make its table, by name, or as "name against X" where several share a name.
+        rows: Patterns of the series that make its rows; all of them where there is none.
         shared: For each keyword argument that is a dataclass, its class; the class's fields are among `parameters`.
     """
 
@@ -159,7 +220,8 @@ class Recipe:
     scales: dict[str, dict[str, Any]]
     function: Callable[..., None]
     seeded: bool = False
-    headline: str = "speed-up"
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     shared: dict[str, type[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,12 +307,14 @@ def recipe(
     baseline: str = "",
     tiny: Mapping[str, object] | None = None,
     large: Mapping[str, object] | None = None,
-    headline: str = "speed-up",
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Recipe]:
     """Make a function the recipe of a paper.
 
     The function takes a `Run` and keyword parameters, each with a type among `int`, `float`, `bool`, `str`,
-    `Literal` and `Enum` and with a default, which is its value at the default scale. A parameter `seed` is
+    `Literal` and `Enum` and with a default, which is its value at the default scale. `Annotated` gives bounds to a
+    number (`Between`) and says that a text names a `Model` or `Data`. A parameter `seed` is
     filled with the run's seed. What several recipes share is one frozen dataclass with such fields: each field becomes
     an option, with its help from the class's docstring and its default from the instance that is the argument's
     default. Heavy libraries are imported inside the function, so that listing stays quick.
@@ -260,11 +324,13 @@ def recipe(
         baseline: What the method is compared with, in words.
         tiny: Parameters that differ at scale `tiny`, which takes seconds.
         large: Parameters that differ at scale `paper`, meant for a GPU.
-        headline: Name of the measurement that a list shows; the last of that name.
+        columns: The measurements that make the table which people read, at most six, by name, or as "name against X"
+            where one name has several baselines. All else that was recorded is in `paperworks results ID --all`.
+        rows: The series that make its rows, as patterns such as "Hydra*"; all that have one of the columns by default.
 
     Raises:
         TypeError: A parameter has no default or a type that cannot become an option, or two have one name.
-        ValueError: A scale names no parameter, or another function is the recipe of this paper already.
+        ValueError: A scale names no parameter, there are too many columns, or another function is the recipe of this paper already.
 
     Example:
         >>> from paperworks.lab import Run
@@ -296,7 +362,7 @@ def recipe(
     """
 
     def register(function: Callable[..., None]) -> Recipe:
-        made = _describe(function, paper, baseline, tiny, large, headline)
+        made = _describe(function, paper, baseline, tiny, large, columns, rows)
         before = _registry.get(paper)
         if before is not None and _where(before.function) != _where(function):
             raise ValueError(
@@ -318,11 +384,14 @@ def _describe(
     baseline: str = "",
     tiny: Mapping[str, object] | None = None,
     large: Mapping[str, object] | None = None,
-    headline: str = "speed-up",
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Recipe:
+    if len(columns) > MOST_COLUMNS:
+        raise ValueError(f"recipe {paper}: a table has at most {MOST_COLUMNS} columns, given {len(columns)}")
     doc = inspect.getdoc(function) or ""
     _, *arguments = inspect.signature(function).parameters.values()
-    types = get_type_hints(function)
+    types = get_type_hints(function, include_extras=True)
     parameters: dict[str, Parameter] = {}
     shared: dict[str, type[Any]] = {}
     for argument in arguments:
@@ -334,8 +403,11 @@ def _describe(
             options, helps = _fields(argument.default), _argument_helps(inspect.getdoc(kind) or "")
         else:
             options, helps = {argument.name: (kind, argument.default)}, _argument_helps(doc)
-        for name, (option_type, default) in options.items():
-            parameter = Parameter(name, option_type, default, helps.get(name, ""))
+        for name, (annotation, default) in options.items():
+            option_type, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+            bounds = next((mark for mark in marks if isinstance(mark, Between)), None)
+            names = next((mark for mark in marks if isinstance(mark, Model | Data)), None)
+            parameter = Parameter(name, option_type, default, helps.get(name, ""), bounds, names)
             if name in parameters or (name == "seed" and argument.name in shared):
                 raise TypeError(f"recipe {paper}: two parameters are named {name}; rename one")
             if default is argument.empty or not (parameter.choices or option_type in _CONVERT):
@@ -343,6 +415,10 @@ def _describe(
                     f"recipe {paper}: parameter {name} needs a default and a type among "
                     "int, float, bool, str, Literal, Enum and a dataclass of such"
                 )
+            if (bounds and option_type not in (int, float)) or (names and option_type in (int, float, bool)):
+                raise TypeError(f"recipe {paper}: numbers have bounds, and texts name models or data, unlike {name}")
+            if bounds and default > bounds.high:
+                raise TypeError(f"recipe {paper}: the default of {name} is above its own bound {bounds.high}")
             parameter.parse(default)
             parameters[name] = parameter
     described = Recipe(
@@ -354,7 +430,8 @@ def _describe(
         scales={},
         function=function,
         seeded="seed" in types,
-        headline=headline,
+        columns=tuple(columns),
+        rows=tuple(rows),
         shared=shared,
     )
     for scale, values in (("tiny", tiny), ("default", {}), ("paper", large)):
@@ -365,7 +442,7 @@ def _describe(
 
 def _fields(values: Any) -> dict[str, tuple[Any, Any]]:
     """Type and value of each field of a dataclass's instance."""
-    types = get_type_hints(type(values))
+    types = get_type_hints(type(values), include_extras=True)
     return {field.name: (types[field.name], getattr(values, field.name)) for field in fields(values)}
 
 

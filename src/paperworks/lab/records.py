@@ -1,10 +1,9 @@
-"""Committed records: what was measured for each paper, and the table made from them."""
+"""Committed records: what was measured for each paper."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -14,10 +13,9 @@ from typing import Any
 from paperworks.errors import UsageError
 from paperworks.lab.recipe import recipes
 from paperworks.lab.run import Measurement, Run
-from paperworks.papers import Paper, load_cards
+from paperworks.papers import Paper
 
 SCHEMA = 1
-_MARKS = ("<!-- benchmarks:start -->", "<!-- benchmarks:end -->")
 
 
 def checkout() -> Path | None:
@@ -60,24 +58,48 @@ def as_record(run: Run) -> dict[str, Any]:
     }
 
 
+def device(record: Mapping[str, Any]) -> str:
+    """What a record was measured on: "cuda" or "cpu"."""
+    return "cuda" if record["environment"].get("gpu") else "cpu"
+
+
 @cache
 def load_records(folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The committed record of each paper that has one.
+    """The committed record of each paper that has one; that of a CPU where there is one for a GPU too.
 
     Raises:
         UsageError: A file is not a record of this version.
     """
-    records = {}
-    for path in sorted((folder or records_folder()).glob("*.json")):
+    return {slug: records[-1] for slug, records in _read(folder or records_folder()).items()}
+
+
+def records_of(slug: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    """All committed records of a paper, one a device, a GPU's first."""
+    return _read(folder or records_folder()).get(slug, [])
+
+
+@cache
+def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    records: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        slug, _, on = path.stem.partition(".")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["schema"] != SCHEMA or record["paper"] != path.stem:
+            if record["schema"] != SCHEMA or record["paper"] != slug:
                 raise ValueError(f"schema {record['schema']} of {record['paper']!r}")
             record["measurements"] = [Measurement(**entry) for entry in record["measurements"]]
+            if device(record) != (on or "cpu"):
+                raise ValueError(f"it was measured on {device(record)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path.name} is not a benchmark record of schema {SCHEMA}: {error}") from error
-        records[path.stem] = record
+        records.setdefault(slug, []).append(record)
     return records
+
+
+def forget_records() -> None:
+    """Read the committed records anew the next time."""
+    load_records.cache_clear()
+    _read.cache_clear()
 
 
 def status(paper: Paper) -> str:
@@ -87,79 +109,9 @@ def status(paper: Paper) -> str:
     return "runs" if paper.slug in recipes() else "planned"
 
 
-def write_record(run: Run, root: Path) -> Path:
-    """Commit a finished run to `root`/benchmarks: its record, its figure and the table of all.
-
-    Raises:
-        UsageError: The run is not finished.
-    """
-    if run.status != "finished":
-        raise UsageError(f"only a finished run becomes a record, and run {run.id} is {run.status}")
-    benchmarks = root / "benchmarks"
-    path = benchmarks / "records" / f"{run.paper}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(run, path)
-    figures = benchmarks / "figures"
-    for name, artefact in run.artefacts.items():
-        if artefact.suffix == ".png":
-            figures.mkdir(exist_ok=True)
-            shutil.copy(artefact, figures / (f"{run.paper}.png" if name == "figure" else f"{run.paper}-{name}.png"))
-    load_records.cache_clear()
-    write_tables(root)
-    return path
-
-
 def write_json(run: Run, path: Path) -> None:
     """Write the record of a run."""
     path.write_text(json.dumps(as_record(run), indent=1) + "\n", encoding="utf-8")
-
-
-def write_tables(root: Path) -> None:
-    """Make the tables of `root`'s records: every ratio in benchmarks/README.md, one a paper in README.md."""
-    benchmarks = root / "benchmarks"
-    records = load_records(benchmarks / "records")
-    (benchmarks / "README.md").write_text(f"# Benchmarks\n\n{markdown_table(records)}", encoding="utf-8")
-    readme = root / "README.md"
-    if readme.is_file() and all(mark in (text := readme.read_text(encoding="utf-8")) for mark in _MARKS):
-        start, end = map(re.escape, _MARKS)
-        table = markdown_table(records, brief=True)
-        # A function, since the table's own text must not be read as a replacement pattern.
-        new = re.sub(f"{start}.*{end}", lambda _: f"{_MARKS[0]}\n{table}{_MARKS[1]}", text, flags=re.DOTALL)
-        readme.write_text(new, encoding="utf-8")
-
-
-def headline(record: dict[str, Any]) -> Measurement | None:
-    """The one figure that a list has room for: what the recipe names, else the last ratio; None where there is neither."""
-    recipe = recipes().get(record["paper"])
-    name = recipe.headline if recipe else "speed-up"
-    ratios = [measurement for measurement in record["measurements"] if measurement.against]
-    named = [measurement for measurement in record["measurements"] if measurement.name == name]
-    return next(reversed(named or ratios), None)
-
-
-def markdown_table(records: dict[str, dict[str, Any]], *, brief: bool = False) -> str:
-    """Paper, claim, ours with its interval, and machine: a line for each measured ratio, or one a paper."""
-    lines = ["| paper | the paper's claim | measured here | machine |", "| --- | --- | --- | --- |"]
-    cards = load_cards()
-    for slug, record in records.items():
-        paper = cards[slug]
-        claims = "; ".join(
-            " ".join(
-                filter(None, [claim.metric, figure(claim.value), claim.unit, f"against {claim.against or 'nothing'}"])
-            )
-            for claim in paper.claims[: 1 if brief else None]
-        )
-        best = headline(record)
-        ratios = [best] if brief and best else [m for m in record["measurements"] if m.against]
-        for index, measurement in enumerate(ratios or record["measurements"]):
-            told = f"{measurement.name}, {measurement.series or paper.names[0]}: {interval(measurement)}"
-            told += f" against {measurement.against}" if measurement.against else ""
-            first = index == 0
-            row = (" and ".join(paper.names), claims, told, machine(record["environment"]))
-            lines.append(
-                "| " + " | ".join(cell if first or column == 2 else "" for column, cell in enumerate(row)) + " |"
-            )
-    return "\n".join(lines) + "\n"
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -181,7 +133,8 @@ def figure(value: float | str) -> str:
     """A number to three or four figures; words as they are."""
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    # From 999.5 on three figures would be written with an exponent.
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def interval(measurement: Measurement) -> str:

@@ -1,81 +1,167 @@
-"""What a run measured, as a table for the terminal or as Markdown."""
+"""What a run measured, for the terminal or as Markdown: its recipe's table, and the claims with their verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
-from paperworks.lab.records import figure, interval, machine
+from paperworks.lab.recipe import MOST_COLUMNS, recipes
+from paperworks.lab.records import as_record, interval, machine
 from paperworks.lab.run import Measurement, Run
+from paperworks.lab.verdicts import Verdict, in_words, verdicts
 from paperworks.papers import Paper
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console, RenderableType
+
+Grid = tuple[list[str], list[list[str]]]
 
 
-def grid(measurements: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
+def grid(measurements: Sequence[Measurement]) -> Grid:
     """Headings and rows: a row for each series, a column for each measurement.
 
     Example:
         >>> grid([Measurement("speed", 20, "tokens/s", series="plain"), Measurement("speed", 31, "tokens/s", series="Hydra")])
         (['', 'speed (tokens/s)'], [['plain', '20'], ['Hydra', '31']])
     """
-    columns: dict[str, str] = {}
+    columns: dict[str, None] = {}
     rows: dict[str, dict[str, str]] = {}
     for measurement in measurements:
         unit = measurement.unit if measurement.unit not in ("", "x") else ""
         heading = f"{measurement.name} ({unit})" if unit else measurement.name
         if measurement.against:
             heading = f"{heading} against {measurement.against}"
-        columns[heading] = measurement.name
+        columns[heading] = None
         plain = Measurement(**{**measurement.__dict__, "unit": "x" if measurement.unit == "x" else ""})
         rows.setdefault(measurement.series or "", {})[heading] = interval(plain)
     return ["", *columns], [[name, *(cells.get(column, "") for column in columns)] for name, cells in rows.items()]
 
 
-def tall(headings: list[str], rows: list[list[str]], *, most: int = 7) -> tuple[list[str], list[list[str]]]:
-    """The same table with a row for each measurement, where it has more than `most` columns and fewer rows.
+def table(paper: str, measurements: Sequence[Measurement]) -> Grid:
+    """The table of a paper's recipe: the measurements and rows that it names, at most six columns.
 
-    Example:
-        >>> tall(["", "speed", "calls"], [["plain", "20", "9"]], most=2)
-        (['', 'plain'], [['speed', '20'], ['calls', '9']])
+    Where the recipe names none of what was measured, as a plugin's may, the first six columns are taken.
     """
-    if len(headings) <= max(most, len(rows) + 1):
-        return headings, rows
-    columns = [list(column) for column in zip(headings, *rows, strict=True)]
-    return columns[0], columns[1:]
-
-
-def results_table(run: Run, paper: Paper) -> Table:
-    """A run as a rich table, the paper's claims beneath."""
-    from rich.table import Table
-
-    headings, rows = tall(*grid(run.measurements))
-    # No padding: beside lines it is not missed, and six columns then hold long words unbroken in a narrow terminal.
-    table = Table(
-        title=f"{' and '.join(paper.names)}: {paper.title}", title_justify="left", caption_justify="left", padding=0
+    recipe = recipes().get(paper)
+    columns, patterns = (recipe.columns, recipe.rows) if recipe else ((), ())
+    shown = [
+        m
+        for m in measurements
+        if (m.name in columns or f"{m.name} against {m.against}" in columns)
+        and (not patterns or any(fnmatchcase(m.series or "", pattern) for pattern in patterns))
+    ]
+    ordered = sorted(
+        shown, key=lambda m: columns.index(m.name if m.name in columns else f"{m.name} against {m.against}")
     )
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    headings, _ = grid(ordered)
+    # Rows stand in the order in which they were measured, columns in the recipe's.
+    _, rows = grid(shown or measurements)
+    if not shown:
+        headings, rows = grid(measurements)
+        return headings[: MOST_COLUMNS + 1], [row[: MOST_COLUMNS + 1] for row in rows]
+    places = [grid(shown)[0].index(heading) for heading in headings]
+    return headings, [[row[place] for place in places] for row in rows]
+
+
+def rendered(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> RenderableType:
+    """A grid for a terminal so many characters wide: nothing is cut in the middle of a number or a word.
+
+    Where its longest words do not fit side by side, each row becomes lines of its own.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    # An interval stays on one line.
+    rows = [[re.sub(r"(?<=\d) to (?=\S+\))", "–", cell) for cell in row] for row in rows]
+    columns = [[heading, *(row[index] for row in rows)] for index, heading in enumerate(headings)]
+    widest = [max((len(word) for cell in column for word in cell.split(" ")), default=0) for column in columns]
+    # Two spaces stand behind each column.
+    if sum(widest) + 2 * len(columns) > width:
+        lines = []
+        for row in rows:
+            lines.append(f"{row[0]}:" if row[0] else "")
+            lines += [f"  {heading}: {cell}" for heading, cell in zip(headings[1:], row[1:], strict=True) if cell]
+        return Text("\n".join(line for line in lines if line))
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for (heading, *cells), wide in zip(columns, _widths(columns, widest, width - 2 * len(columns)), strict=True):
+        figures = any(cells) and all(not cell or cell[0] in "-0123456789" for cell in cells)
+        made.add_column(heading, justify="right" if figures else "left", width=wide, vertical="top")
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] in paper.names else None)
-    table.caption = "\n".join([*claims(paper), machine(run.environment)])
-    return table
+        made.add_row(*(Text(cell) for cell in row))
+    return made
 
 
-def claims(paper: Paper) -> list[str]:
-    """The paper's claims, a line each."""
-    return [
-        f"paper: {claim.metric} {figure(claim.value)}{claim.unit and f' {claim.unit}'}"
-        f"{f' against {claim.against}' if claim.against else ''} ({claim.setting})"
-        for claim in paper.claims
+def _widths(columns: Sequence[Sequence[str]], least: Sequence[int], room: int) -> list[int]:
+    """How wide each column is: its longest word at least, and what is left goes to where cells are broken most."""
+    widths = list(least)
+    longest = [max(map(len, column)) for column in columns]
+    for _ in range(room - sum(least)):
+        lines = [-(-most // have) if most > have else 0 for most, have in zip(longest, widths, strict=True)]
+        if not any(lines):
+            break
+        widths[lines.index(max(lines))] += 1
+    return widths
+
+
+def print_results(console: Console, paper: Paper, record: Mapping[str, Any]) -> None:
+    """The recipe's table of a record, where it was measured, and the claims with the verdicts that this record gives."""
+    console.print()
+    console.print(rendered(*table(paper.slug, record["measurements"]), console.width), highlight=False, markup=False)
+    console.print(f"\n{told(record)}\n", highlight=False, markup=False)
+    if record["scale"] == "tiny":
+        console.print("Seconds long, scale tiny shows that it works; it says nothing of the claims.", highlight=False)
+    else:
+        print_claims(console, verdicts(paper, [record]))
+
+
+def print_claims(console: Console, found: Sequence[Verdict]) -> None:
+    """A line a claim, with the paper's figure, ours and the verdict, and the sum."""
+    if not found:
+        return
+    console.print(rendered(*claims(found), console.width), highlight=False, markup=False)
+    console.print(f"\n{in_words(found)}", highlight=False, markup=False)
+
+
+def claims(found: Sequence[Verdict]) -> Grid:
+    """Headings and rows of claims: what is claimed, the paper's figure, ours, the verdict."""
+    rows = [
+        [
+            verdict.claim.metric,
+            verdict.paper_says,
+            verdict.ours,
+            f"{verdict.kind}{f': {verdict.why}' if verdict.why else ''}"
+            f"{f' ({verdict.claim.differs})' if verdict.claim.differs else ''}",
+        ]
+        for verdict in found
+    ]
+    return ["claim", "paper", "here", "verdict"], rows
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """Where and how a record was measured, in one line."""
+    when = str(record.get("started", ""))[:10]
+    return ", ".join(
+        filter(None, [machine(record["environment"]), f"scale {record['scale']}", f"seed {record['seed']}", when])
+    )
+
+
+def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A grid as the lines of a Markdown table."""
+    ruled = " | ".join("---:" if index else "---" for index in range(len(headings)))
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (headings,)] + [
+        f"| {ruled} |",
+        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
     ]
 
 
 def markdown(run: Run, paper: Paper) -> str:
-    """A run as a Markdown table with the paper's claims beneath."""
-    headings, rows = grid(run.measurements)
-    lines = [f"### {' and '.join(paper.names)}", "", "| " + " | ".join(headings) + " |"]
-    lines.append("| " + " | ".join("---" if index == 0 else "---:" for index in range(len(headings))) + " |")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in claims(paper)), f"- {machine(run.environment)}", ""])
+    """A run as Markdown: the recipe's table, then the claims."""
+    record = as_record(run) | {"measurements": run.measurements}
+    found = verdicts(paper, [record])
+    lines = [f"### {' and '.join(paper.names)}", "", *markdown_rows(*table(run.paper, run.measurements))]
+    if found:
+        lines += ["", *markdown_rows(*claims(found))]
+    return "\n".join([*lines, "", f"- {told(record)}", ""])

@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from paperworks.errors import PaperworksError
-from paperworks.lab.measure import Ratio, median_ratio, ratio_of_means, time_in_turn
+from paperworks.lab.measure import Effect, difference_of_pairs, ratio_of_pairs, speed_ratio, time_in_turn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,8 @@ class Measurement:
         series: The row it belongs to, "Hydra".
         low: Lower end of its 95 % interval, where it has one.
         high: Upper end.
-        repeats: The figures behind the value, where there are several.
-        against: What a ratio is taken to.
+        repeats: The figures behind the value, where there are several: of a ratio or difference, that of each pair.
+        against: What a ratio or difference is taken to.
     """
 
     name: str
@@ -53,6 +53,23 @@ class Measurement:
     high: float | None = None
     repeats: list[float] = field(default_factory=list)
     against: str | None = None
+
+    @property
+    def no_effect(self) -> float | None:
+        """What it would be if method and baseline were alike: 1 of a ratio, 0 of a difference, None of a plain figure.
+
+        Example:
+            >>> Measurement("speed-up", 1.5, "x", against="plain decoding").no_effect
+            1.0
+        """
+        if self.against is None:
+            return None
+        return 1.0 if self.unit == "x" else 0.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of its interval; the value itself where it has none."""
+        return self.value if self.low is None else self.low, self.value if self.high is None else self.high
 
 
 @dataclass(frozen=True)
@@ -210,6 +227,27 @@ class Run:
         """
         self.keep(Measurement(name, float(value), unit, better, series))
 
+    def mean(
+        self, name: str, figures: Sequence[float], *, unit: str = "", better: Better, series: str | None = None
+    ) -> Effect:
+        """Record the mean of one figure a seed or prompt, with its 95 % interval by Student's t.
+
+        Args:
+            name: What was measured, "rank correlation".
+            figures: Independent figures, finite.
+            unit: Their unit, empty for plain numbers.
+            better: Which direction is better.
+            series: The row of the results it belongs to.
+
+        Example:
+            >>> run = Run("hydra")
+            >>> print(run.mean("rank correlation", [0.82, 0.86, 0.84], better="higher"))
+            0.84 [0.79, 0.89]
+        """
+        mean = difference_of_pairs(figures, [0.0] * len(figures), unit=unit)
+        self.keep(Measurement(name, mean.value, unit, better, series, mean.low, mean.high, list(mean.repeats)))
+        return mean
+
     def ratio(
         self,
         name: str,
@@ -217,20 +255,20 @@ class Run:
         method: Sequence[float],
         baseline: Sequence[float],
         better: Better = "higher",
-        unit: str = "x",
         series: str | None = None,
         against: str | None = None,
-    ) -> Ratio:
-        """Record the ratio of two means over paired samples, with its 95 % bootstrap interval.
+        test_to_train: float | None = None,
+    ) -> Effect:
+        """Record the ratio to a baseline over independent pairs, with its 95 % interval.
 
         Args:
             name: What the ratio is of, "accepted tokens".
-            method: One figure of the method a prompt, seed or fold.
+            method: One figure of the method a prompt or seed, as `paperworks.lab.measure.ratio_of_pairs` takes them.
             baseline: The baseline's figure for the same ones.
             better: Which direction is better.
-            unit: Unit of the ratio.
             series: The row of the results it belongs to.
-            against: Name of the baseline.
+            against: Name of the baseline, "baseline" where there is but one.
+            test_to_train: n_test / n_train where pairs are random splits of one data set.
 
         Returns:
             The ratio, its interval and the ratio of each pair.
@@ -241,11 +279,47 @@ class Run:
         Example:
             >>> run = Run("hydra")
             >>> print(run.ratio("accepted", method=[3.1, 2.9, 3.3], baseline=[2.0, 2.1, 1.9]))
-            1.55x [1.38, 1.74]
+            1.55x [1.17, 2.06]
         """
-        ratio = ratio_of_means(method, baseline, seed=self.seed)
-        self._keep_ratio(name, ratio, better=better, unit=unit, series=series, against=against)
+        ratio = ratio_of_pairs(method, baseline, test_to_train=test_to_train)
+        self._keep_effect(name, ratio, better=better, series=series, against=against or "baseline")
         return ratio
+
+    def difference(
+        self,
+        name: str,
+        *,
+        method: Sequence[float],
+        baseline: Sequence[float],
+        unit: str = "",
+        better: Better = "higher",
+        series: str | None = None,
+        against: str | None = None,
+        test_to_train: float | None = None,
+    ) -> Effect:
+        """Record the mean difference to a baseline over independent pairs, with its 95 % interval; no effect is 0.
+
+        Args:
+            name: What differs, "accuracy gained".
+            method: As for `ratio`; figures may be zero or negative.
+            baseline: As for `ratio`.
+            unit: Unit of the figures.
+            better: Which direction is better.
+            series: The row of the results it belongs to.
+            against: Name of the baseline, "baseline" where there is but one.
+            test_to_train: As for `ratio`.
+
+        Raises:
+            ValueError: The samples are not pairs of finite figures.
+
+        Example:
+            >>> run = Run("hydra")
+            >>> print(run.difference("accuracy gained", method=[0.95, 0.93, 0.97], baseline=[0.90, 0.91, 0.91]))
+            0.04 [-0.01, 0.10]
+        """
+        gained = difference_of_pairs(method, baseline, unit=unit, test_to_train=test_to_train)
+        self._keep_effect(name, gained, better=better, series=series, against=against or "baseline")
+        return gained
 
     def compare(
         self,
@@ -256,13 +330,12 @@ class Run:
         over: Sequence[Any] | None = None,
         warmup: int = 1,
         unit: str = "s",
-    ) -> dict[str, Ratio]:
+    ) -> dict[str, Effect]:
         """Time methods against their baseline, turn by turn, and record how much faster they run.
 
         A call that returns a number has done that much work, and rates are recorded as "speed"; otherwise
-        seconds are, as "time". Either way each method's "speed-up" is recorded: the median over the turns of
-        its speed over the baseline's, above 1 where it is faster, with a 95 % bootstrap interval over items
-        and repeats.
+        seconds are, as "time". Either way each method's "speed-up" is recorded: its speed over the baseline's, above
+        1 where it is faster, as `paperworks.lab.measure.speed_ratio` takes it over the items. One item has no interval.
 
         Args:
             baseline: The call to compare with, or its name and the call.
@@ -299,21 +372,18 @@ class Run:
                 self._keep_median("time", timing.seconds, unit, "lower", name)
             else:
                 self._keep_median("speed", timing.speed, "1/s" if unit == "s" else unit, "higher", name)
-        ratios = {name: median_ratio(timings[name].speed, timings[first].speed, seed=self.seed) for name in methods}
+        ratios = {name: speed_ratio(timings[name].speed, timings[first].speed) for name in methods}
         for name, ratio in ratios.items():
-            self._keep_ratio("speed-up", ratio, better="higher", unit="x", series=name, against=first)
+            self._keep_effect("speed-up", ratio, better="higher", series=name, against=first)
         return ratios
 
     def _keep_median(self, name: str, figures: list[list[float]], unit: str, better: Better, series: str) -> None:
         flat = [figure for row in figures for figure in row]
         self.keep(Measurement(name, median(flat), unit, better, series, repeats=flat))
 
-    def _keep_ratio(
-        self, name: str, ratio: Ratio, *, better: Better, unit: str, series: str | None, against: str | None
-    ) -> None:
-        self.keep(
-            Measurement(name, ratio.value, unit, better, series, ratio.low, ratio.high, list(ratio.repeats), against)
-        )
+    def _keep_effect(self, name: str, effect: Effect, *, better: Better, series: str | None, against: str) -> None:
+        each = list(effect.repeats)
+        self.keep(Measurement(name, effect.value, effect.unit, better, series, effect.low, effect.high, each, against))
 
     def figure(self, fig: Figure, name: str = "figure") -> Path:
         """Save a figure as PNG with the run.

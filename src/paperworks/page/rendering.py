@@ -1,12 +1,11 @@
-"""What a reader's browser gets: escaped text, mathematics as MathML, BibTeX, and each page as HTML or JSON."""
+"""What a reader's browser gets: escaped text, mathematics as MathML, and each page as HTML or JSON."""
 
 from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -40,9 +39,6 @@ _ATTRIBUTES = frozenset(
     {"accent", "accentunder", "columnalign", "columnspacing", "depth", "displaystyle", "fence", "form", "height"}
     | {"largeop", "linethickness", "lspace", "mathvariant", "maxsize", "minsize", "movablelimits", "rowspacing"}
     | {"rspace", "scriptlevel", "separator", "stretchy", "symmetric", "width"}
-)
-_BIBTEX = str.maketrans(
-    {char: f"\\{char}" for char in "&%#_"} | {"~": r"\textasciitilde{}", "{": "", "}": "", "\\": ""}
 )
 
 
@@ -89,46 +85,6 @@ def _clean(element: Element) -> str:
     return f"<{element.tag}{kept}>{inside}{children}</{element.tag}>{tail}"
 
 
-def bibtex(entry: Entry) -> str:
-    """How to cite a paper.
-
-    Example:
-        >>> entry = Entry(key="2402.05109", title="Hydra", authors=("Zack Ankner",), published=datetime(2024, 2, 7, tzinfo=UTC))
-        >>> print(bibtex(entry))
-        @misc{ankner2024hydra,
-          title = {{Hydra}},
-          author = {Zack Ankner},
-          year = {2024},
-          eprint = {2402.05109},
-          archivePrefix = {arXiv},
-          url = {https://arxiv.org/abs/2402.05109},
-        }
-        <BLANKLINE>
-    """
-    surname = entry.authors[0].split()[-1] if entry.authors else ""
-    word = next(iter(re.findall(r"\w{4,}", entry.title)), entry.title)
-    plain = unicodedata.normalize("NFKD", f"{surname}{entry.year}{word}").encode("ascii", "ignore").decode().lower()
-    values = {
-        "title": f"{{{_latex(entry.title)}}}",
-        "author": " and ".join(map(_latex, entry.authors)),
-        "year": str(entry.year),
-        "eprint": "" if entry.key.startswith("card:") else entry.key,
-        "archivePrefix": "" if entry.key.startswith("card:") else "arXiv",
-        "url": re.sub(r"[{}\\\s]", "", entry.url),
-    }
-    lines = [f"  {name} = {{{value}}}," for name, value in values.items() if value]
-    return "\n".join([f"@misc{{{re.sub(r'[^a-z0-9]', '', plain) or 'paper'},", *lines, "}\n"])
-
-
-def _latex(source: str) -> str:
-    """Text for LaTeX; mathematics stays as it is."""
-    pieces = re.split(r"(\$[^$]+\$)", source)
-    return "".join(
-        piece if index % 2 and piece.count("{") == piece.count("}") else piece.translate(_BIBTEX).replace("$", r"\$")
-        for index, piece in enumerate(pieces)
-    )
-
-
 @dataclass(frozen=True)
 class Span:
     """Where a ratio and its interval lie on an axis, in per cent of its width.
@@ -138,14 +94,14 @@ class Span:
         value: The ratio.
         high: Right end.
         one: Where baseline and method are equal.
-        verdict: "better", "worse", or "even" where the interval holds 1.
+        standing: "better", "worse", or "even" where the interval holds 1 or there is none.
     """
 
     low: float
     value: float
     high: float
     one: float
-    verdict: str
+    standing: str
 
 
 def spans(measurements: Sequence[Measurement]) -> list[Span | None]:
@@ -153,11 +109,11 @@ def spans(measurements: Sequence[Measurement]) -> list[Span | None]:
 
     Example:
         >>> [span] = spans([Measurement("speed-up", 2.0, "x", low=1.0, high=4.0, against="plain")])
-        >>> round(span.value), span.verdict
+        >>> round(span.value), span.standing
         (50, 'even')
     """
-    drawn = [m for m in measurements if m.against and m.value > 0 and (m.low is None or m.low > 0)]
-    ends = [math.log(end) for m in drawn for end in (m.low or m.value, m.high or m.value)]
+    drawn = [m for m in measurements if m.no_effect == 1 and m.ends[0] > 0]
+    ends = [math.log(end) for m in drawn for end in m.ends]
     left, right = min([0.0, *ends]), max([0.0, *ends])
     width = (right - left) or 1.0
 
@@ -165,24 +121,30 @@ def spans(measurements: Sequence[Measurement]) -> list[Span | None]:
         return round(4 + 92 * (math.log(value) - left) / width, 2)
 
     return [
-        Span(place(m.low or m.value), place(m.value), place(m.high or m.value), place(1.0), verdict(m))
+        Span(place(m.ends[0]), place(m.value), place(m.ends[1]), place(1.0), standing(m))
         if m in drawn
         else None
         for m in measurements
     ]
 
 
-def verdict(measurement: Measurement) -> str:
-    """Whether a ratio is better or worse than its baseline, or even as far as its interval tells.
+def standing(measurement: Measurement) -> str:
+    """Whether a ratio or difference is better or worse than its baseline, or even as far as its interval tells.
+
+    A figure that is taken to nothing is neither: empty.
 
     Example:
-        >>> verdict(Measurement("perplexity", 0.9, "x", better="lower", low=0.8, high=0.95, against="dense"))
+        >>> standing(Measurement("perplexity", 0.9, "x", better="lower", low=0.8, high=0.95, against="dense"))
         'better'
+        >>> standing(Measurement("rank correlation", 0.84))
+        ''
     """
-    low, high = measurement.low or measurement.value, measurement.high or measurement.value
-    if low <= 1 <= high:
+    none, (low, high) = measurement.no_effect, measurement.ends
+    if none is None:
+        return ""
+    if measurement.low is None or low <= none <= high:
         return "even"
-    return "better" if (low > 1) == (measurement.better == "higher") else "worse"
+    return "better" if (low > none) == (measurement.better == "higher") else "worse"
 
 
 def ago(then: datetime, now: datetime | None = None) -> str:
@@ -206,8 +168,8 @@ def paper_path(entry: Entry) -> str:
 
 
 @lru_cache(maxsize=4096, typed=True)
-def with_query(path: str, **values: object) -> str:
-    """An address with those values that say something.
+def with_query(path: str, /, **values: object) -> str:
+    """An address with those values that say something; they may have any name.
 
     Example:
         >>> with_query("/search", q="a b", room=None, page=2)
@@ -215,6 +177,11 @@ def with_query(path: str, **values: object) -> str:
     """
     given = {name: value for name, value in values.items() if value not in (None, "", False)}
     return f"{path}?{urlencode(given)}" if given else path
+
+
+def address_of_page(request: Request) -> str:
+    """Path and query of what was asked for, as they were sent: whatever its parameters are called, none is looked at."""
+    return f"{quote(request.url.path)}{'?' if request.url.query else ''}{request.url.query}"
 
 
 def outward(url: str | None) -> str:
@@ -237,7 +204,7 @@ _environment = Environment(
     auto_reload=False,
 )
 _environment.filters |= {"text": text, "mathematics": mathematics, "ago": ago, "outward": outward}
-_environment.filters |= {"figure": figure, "interval": interval, "machine": machine, "verdict": verdict}
+_environment.filters |= {"figure": figure, "interval": interval, "machine": machine, "standing": standing}
 _environment.globals |= {"rooms": ROOMS, "paper_path": paper_path, "with_query": with_query, "static": static}
 
 
@@ -268,7 +235,7 @@ def render(template: str, request: Request, **context: Any) -> str:
         csrf=_Token(request),
         allow_runs=state.allow_runs,
         htmx=state.htmx,
-        here=with_query(request.url.path, **request.query_params),
+        here=address_of_page(request),
         **context,
     )
 
@@ -299,7 +266,9 @@ def respond(
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """A value as JSON holds it, by the rules that hold for HTML."""
+    if isinstance(value, Entry):
+        value = replace(value, url=outward(value.url))
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

@@ -13,9 +13,9 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paperworks.errors import UsageError
 
@@ -43,6 +43,41 @@ class CardError(UsageError):
     """A card that cannot be read; the message names file and field."""
 
 
+class Evidence(BaseModel):
+    """What here speaks to a claim: a measurement of the paper's record, or a test of this repository.
+
+    Attributes:
+        measurement: Name of the measurement.
+        series: Its row.
+        against: What it is taken to, where it is a ratio or difference.
+        better: Which way the claim says that it goes.
+        figure: The paper's figure in the measurement's unit, None where the paper says only which way.
+        no_effect: What a plain figure with an interval would be without the effect claimed; of a ratio that is 1, of a
+            difference 0.
+        test: The test that shows it, `tests/room/test_paper.py::test_name`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measurement: str = ""
+    series: str = ""
+    against: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    figure: float | None = None
+    no_effect: float | None = None
+    test: str = Field(default="", pattern=r"^(tests/[\w/]+\.py::\w+)?$")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Evidence:
+        if bool(self.measurement) == bool(self.test):
+            raise ValueError("a claim is shown by a measurement or by a test: name one of them")
+        if self.measurement and not self.against and self.figure is None and self.no_effect is None:
+            raise ValueError(
+                "a plain measurement says nothing by itself: give the figure that it should reach, or no_effect"
+            )
+        return self
+
+
 class Claim(BaseModel):
     """One figure of a paper.
 
@@ -53,6 +88,9 @@ class Claim(BaseModel):
         setting: Model, data and conditions.
         against: What it was compared with, empty for nothing.
         source: Where the figure stands.
+        shown_by: What here speaks to it, None where nothing does.
+        differs: How the setting here differs from the paper's, where it does.
+        needs: What it would take to show it, where nothing here does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +101,15 @@ class Claim(BaseModel):
     setting: Text
     against: str = ""
     source: Text
+    shown_by: Evidence | None = None
+    differs: str = ""
+    needs: str = ""
+
+    @model_validator(mode="after")
+    def _shown_or_not(self) -> Claim:
+        if self.shown_by is not None and self.needs:
+            raise ValueError("what would show a claim (needs) is told only where nothing does (shown_by)")
+        return self
 
 
 class Paper(BaseModel):

@@ -15,13 +15,17 @@ from sqlalchemy import func, select, text
 
 from paperworks.lab import records
 from paperworks.lab.recipe import recipes
-from paperworks.lab.report import grid, tall
+from paperworks.lab.report import table
 from paperworks.lab.run import Measurement
 from paperworks.lab.store import RunRow, Store
+from paperworks.lab.verdicts import Verdict, in_words, verdicts
+from paperworks.lab.verdicts import headline as best_verdict
+from paperworks.page.citing import bibtex
 from paperworks.page.entries import STATUSES, Entry
 from paperworks.page.feeds import atom
 from paperworks.page.index import Index
-from paperworks.page.rendering import bibtex, outward, paper_path, respond, spans, with_query
+from paperworks.page.offered import offered
+from paperworks.page.rendering import outward, paper_path, respond, spans, with_query
 from paperworks.page.safety import Reader
 from paperworks.page.trending import FORMULA, trending
 from paperworks.page.votes import voted, votes_of
@@ -68,13 +72,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Leader:
-    """A paper on its room's leaderboard, with its newest figure and where that comes from."""
+    """A paper on its room's leaderboard, with the claim that a figure speaks to first, and where that comes from."""
 
     paper: Paper
     status: str
-    figure: Measurement | None
+    verdict: Verdict | None
+    sum: str
     machine: str
     run_id: str | None
+
+    @property
+    def figure(self) -> Measurement | None:
+        """What was measured of that claim."""
+        return self.verdict.measurement if self.verdict else None
 
 
 def _lines(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]) -> list[Line]:
@@ -92,8 +102,9 @@ def _lines(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]
 
 def headline(slug: str | None) -> Measurement | None:
     """The committed figure of a paper that a list has room for."""
-    record = records.load_records().get(slug or "")
-    return records.headline(record) if record else None
+    card = load_cards().get(slug or "")
+    best = best_verdict(card) if card else None
+    return best.measurement if best else None
 
 
 @router.get("/", summary="Trending papers")
@@ -196,12 +207,13 @@ def room_page(request: Request, room: str) -> Response:
 
 def _leader(store: Store, paper: Paper) -> Leader:
     status = records.status(paper)
-    record, run_id = records.load_records().get(paper.slug), None
-    if record is None and status == "runs" and (run := store.latest(paper.slug)) is not None:
-        record, run_id = records.as_record(run) | {"measurements": run.measurements}, run.id
-    best = records.headline(record) if record else None
-    machine = records.machine(record["environment"]) if record else ""
-    return Leader(paper, status, best, machine, run_id)
+    kept, run_id = records.records_of(paper.slug), None
+    if not kept and status == "runs" and (run := store.latest(paper.slug)) is not None:
+        kept, run_id = [records.as_record(run) | {"measurements": run.measurements}], run.id
+    found = verdicts(paper, kept)
+    best = next((verdict for verdict in found if verdict.measurement is not None), None)
+    machine = next((records.machine(r["environment"]) for r in kept if best and records.device(r) == best.device), "")
+    return Leader(paper, status, best, in_words(found) if status != "planned" else "", machine, run_id)
 
 
 def _standing(leader: Leader) -> tuple[Any, ...]:
@@ -241,15 +253,22 @@ def paper_page(request: Request, reader: Reader, key: str) -> Response:
     record = records.load_records().get(entry.slug or "")
     history = _history(state.store, entry.slug) if entry.slug else []
     [line] = _lines(state.store, reader, [entry])
+    recipe = recipes().get(entry.slug or "")
     data = {
         "entry": entry, "paper": card, "votes": line.votes, "record": record, "runs": history,
         "similar": state.index.similar(entry.key, 6), "bibtex": bibtex(entry),
+        "offer": offered(recipe) if recipe else None,
     }  # fmt: skip
     measurements: list[Measurement] = record["measurements"] if record else []
-    ratios = [measurement for measurement in measurements if measurement.against]
+    found = verdicts(card) if card else []
+    told = in_words(found)
+    address = f"{state.base_url}{paper_path(entry)}"
     return respond(
-        request, "paper.html", data, line=line, recipe=recipes().get(entry.slug or ""),
-        ratios=list(zip(ratios, spans(ratios), strict=True)), table=tall(*grid(measurements)),
+        request, "paper.html", data, json={**data, "verdicts": [verdict.as_json() for verdict in found]}, line=line,
+        recipe=recipe, found=found, sum=told,
+        badge=f"[![Paperworks: {told}]({address}/badge.svg)]({address})",
+        drawn=list(zip(measurements, spans(measurements), strict=True)),
+        table=table(entry.slug or "", measurements) if measurements else ([], []),
         has_figure=bool(entry.slug) and _figure(entry.slug or "") is not None, path=paper_path(entry),
     )  # fmt: skip
 

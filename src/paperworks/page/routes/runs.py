@@ -15,11 +15,12 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from paperworks.errors import UsageError
 from paperworks.lab.recipe import recipes
 from paperworks.lab.records import as_record
-from paperworks.lab.report import grid, tall
+from paperworks.lab.report import table
 from paperworks.lab.run import Run
+from paperworks.page.concealing import for_visitors
 from paperworks.page.rendering import render, respond, wants_json
 from paperworks.page.runs import Runner
-from paperworks.page.safety import MayRun, Reader
+from paperworks.page.safety import MayRun, Reader, address_of
 from paperworks.papers import load_cards
 
 router = APIRouter(tags=["runs"])
@@ -52,7 +53,7 @@ async def fields(request: Request) -> dict[str, str]:
 
 
 def known_run(request: Request, run_id: Annotated[str, InPath(pattern="^[0-9A-Za-z-]{1,64}$")]) -> Run:
-    """The run that the address names.
+    """The run that the address names, as visitors see it.
 
     Raises:
         HTTPException: 404.
@@ -61,7 +62,17 @@ def known_run(request: Request, run_id: Annotated[str, InPath(pattern="^[0-9A-Za
         run: Run = request.app.state.store.run(run_id)
     except UsageError:
         raise HTTPException(404, "there is no such run here") from None
-    return run
+    return for_visitors(run)
+
+
+async def watching(request: Request) -> AsyncIterator[None]:
+    """Hold a place among those who watch, for as long as the answer lasts.
+
+    Raises:
+        BusyError: Too many watch, or too many from this address.
+    """
+    with request.app.state.runner.watching.held(address_of(request.scope)):
+        yield
 
 
 Fields = Annotated[dict[str, str], Depends(fields)]
@@ -83,7 +94,8 @@ def start(request: Request, user: MayRun, slug: str, sent: Fields) -> Response:
         raise UsageError(f"seed is a whole number of at least 0, not {seed[:100]!r}")
     parameters = {name.removeprefix(_PREFIX): value for name, value in sent.items() if value.strip()}
     runner: Runner = request.app.state.runner
-    run_id = runner.start(slug, parameters, scale, user.id if user else None, seed=int(seed))
+    who = {"user_id": user.id} if user else {"address": address_of(request.scope)}
+    run_id = runner.start(slug, parameters, scale, seed=int(seed), **who)
     address = f"/runs/{run_id}"
     if wants_json(request):
         return respond(request, "", {"id": run_id, "address": address}, status=201)
@@ -105,12 +117,17 @@ def show(request: Request, reader: Reader, run: Known) -> Response:
     )
 
 
-@router.get("/runs/{run_id}/events", summary="A run as it goes on", response_class=EventSourceResponse)
+@router.get(
+    "/runs/{run_id}/events",
+    summary="A run as it goes on",
+    response_class=EventSourceResponse,
+    dependencies=[Depends(watching)],
+)
 async def events(request: Request, run: Known) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events: `run` with how it stands, as HTML, whenever that has changed, and `end` when it is over."""
     runner: Runner = request.app.state.runner
     async for now in runner.events(run.id):
-        html = await asyncio.to_thread(render, "_run.html", request, **_view(now))
+        html = await asyncio.to_thread(lambda now=now: render("_run.html", request, **_view(for_visitors(now))))
         yield ServerSentEvent(event="run", raw_data=html)
         run = now
     yield ServerSentEvent(event="end", raw_data=run.status)
@@ -149,7 +166,7 @@ def file(request: Request, run: Known, name: str) -> Response:
 
 
 def _view(run: Run) -> dict[str, Any]:
-    headings, rows = tall(*grid(run.measurements))
+    headings, rows = table(run.paper, run.measurements) if run.measurements else ([], [])
     files = _files(run)
     figures = [files[name] for name, path in run.artefacts.items() if path.suffix == ".png"]
     return {"run": run, "headings": headings, "rows": rows, "files": files, "figures": figures}

@@ -26,7 +26,6 @@ _METHOD = "conditional beam search"
 @recipe(
     "conditional-beam-search",
     baseline="transformers' beam search; reading without learning",
-    headline="degenerate, ratio",
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 3,

@@ -387,8 +387,8 @@ def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     names = list(speed_up)[::-1]
     values = [speed_up[name].value for name in names]
-    lows = [speed_up[name].value - (speed_up[name].low or speed_up[name].value) for name in names]
-    highs = [(speed_up[name].high or speed_up[name].value) - speed_up[name].value for name in names]
+    lows = [speed_up[name].value - speed_up[name].ends[0] for name in names]
+    highs = [speed_up[name].ends[1] - speed_up[name].value for name in names]
 
     def colour(name: str) -> str:
         return "#1f6f8b" if name in accepted and name != against else "#a9b4bc"

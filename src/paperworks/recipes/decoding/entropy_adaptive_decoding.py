@@ -17,7 +17,7 @@ from paperworks.lab.run import Run
 if TYPE_CHECKING:
     from paperworks.decoding import EntropyAdaptiveDecoding, Generation
     from paperworks.decoding.entropy_adaptive import Model, SwitchedGeneration
-    from paperworks.lab.measure import Ratio
+    from paperworks.lab.measure import Effect
 
 _SHARES = (0.25, 0.5, 0.75)
 
@@ -25,7 +25,6 @@ _SHARES = (0.25, 0.5, 0.75)
 @recipe(
     "entropy-adaptive-decoding",
     baseline="large alone",
-    headline="divergence at equal cost, ratio",
     tiny={
         "model": "tiny-random-llama",
         "small": "First layer",
@@ -174,7 +173,7 @@ def entropy_adaptive_decoding(
         # A prompt that is the large model's with the chance f has no divergence then, and the small one's otherwise.
         parts = zip(switched[f"EAD {share:.0%}"], divergence["small alone"], strict=True)
         divergence[f"whole prompts {share:.0%}"] = [(1 - text.large_fraction) * whole for text, whole in parts]
-    advantage: dict[tuple[str, str], Ratio] = {}
+    advantage: dict[tuple[str, str], Effect] = {}
     # Lists show the last.
     for kind in ("whole prompts", "even", "random"):
         for series, shares in (*((f"EAD {share:.0%}", (share,)) for share in _SHARES), ("EAD, all shares", _SHARES)):
@@ -289,8 +288,8 @@ def _mean(values: Mapping[str, Sequence[float]], kind: str, shares: Sequence[flo
 def _figure(
     texts: Mapping[str, Sequence[SwitchedGeneration]],
     divergence: Mapping[str, Sequence[float]],
-    advantage: Mapping[tuple[str, str], Ratio],
-    speed_up: Mapping[str, Ratio],
+    advantage: Mapping[tuple[str, str], Effect],
+    speed_up: Mapping[str, Effect],
 ) -> Any:
     """Quality against the paper's cost, the same against measured time, and the advantage at equal cost."""
     from matplotlib.figure import Figure
@@ -316,8 +315,8 @@ def _figure(
         ratios = list(found.values())
         values = [ratio.value for ratio in ratios]
         spread = [
-            [ratio.value - (ratio.low or ratio.value) for ratio in ratios],
-            [(ratio.high or ratio.value) - ratio.value for ratio in ratios],
+            [ratio.value - ratio.ends[0] for ratio in ratios],
+            [ratio.ends[1] - ratio.value for ratio in ratios],
         ]
         at = [share + 0.02 * (place - 0.5) for share in found]
         right.errorbar(at, values, yerr=spread, fmt="o", color=colour, capsize=3, label=f"against {kind}")

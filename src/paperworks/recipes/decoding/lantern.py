@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from paperworks.errors import UsageError
-from paperworks.lab.measure import Ratio
+from paperworks.lab.measure import Effect
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
@@ -269,7 +269,7 @@ def _departure(
 
 
 def _figure(
-    speed_up: Mapping[str, Ratio],
+    speed_up: Mapping[str, Effect],
     accepted: Mapping[str, list[float]],
     departure: Mapping[str, tuple[float, float]],
     shown: Mapping[str, torch.Tensor],
@@ -285,7 +285,7 @@ def _figure(
     ratios = [speed_up[name] for name in relaxed]
     left.errorbar(
         budgets, [ratio.value for ratio in ratios], color="#1f6f8b", marker="o", capsize=3, label="speed",
-        yerr=[[r.value - (r.low or r.value) for r in ratios], [(r.high or r.value) - r.value for r in ratios]],
+        yerr=[[r.value - r.ends[0] for r in ratios], [r.ends[1] - r.value for r in ratios]],
     )  # fmt: skip
     exact = fmean(accepted[_EXACT])
     left.plot(

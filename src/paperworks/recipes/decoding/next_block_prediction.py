@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
-from paperworks.lab.measure import Ratio
+from paperworks.lab.measure import Effect
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
@@ -272,7 +272,7 @@ def _compare(run: Run, what: str, figures: Mapping[str, Sequence[float]]) -> Non
             )
 
 
-def _figure(strips: Mapping[str, Tensor], speed_up: Mapping[str, Ratio], distances: Mapping[str, list[float]]) -> Any:
+def _figure(strips: Mapping[str, Tensor], speed_up: Mapping[str, Effect], distances: Mapping[str, list[float]]) -> Any:
     """Clips of each model, how much faster it makes them, and how far they are from real ones."""
     import torch
     from matplotlib.figure import Figure
@@ -293,7 +293,7 @@ def _figure(strips: Mapping[str, Tensor], speed_up: Mapping[str, Ratio], distanc
     ratios = [speed_up[name] for name in names]
     middle.barh(
         names, [ratio.value for ratio in ratios], color="#1f6f8b", ecolor="#333333", capsize=3,
-        xerr=[[r.value - (r.low or r.value) for r in ratios], [(r.high or r.value) - r.value for r in ratios]],
+        xerr=[[r.value - r.ends[0] for r in ratios], [r.ends[1] - r.value for r in ratios]],
     )  # fmt: skip
     middle.set_xlabel("speed against next token")
     names = list(distances)[::-1]

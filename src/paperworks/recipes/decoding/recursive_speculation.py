@@ -17,7 +17,6 @@ _OURS = ("RSD-C", "RSD-S")
 @recipe(
     "recursive-speculation",
     baseline="plain decoding",
-    headline="accepted per call, ratio",
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 2,

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from paperworks.errors import UsageError
-from paperworks.lab.measure import Ratio
+from paperworks.lab.measure import Effect
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
 
@@ -271,7 +271,7 @@ def _cosines(target: Any, prompt: Any, count: int) -> Any:
 
 
 def _figure(
-    speed_up: Mapping[str, Ratio], perplexity: Mapping[str, Sequence[float]], cosines: Sequence[float], drafts: int
+    speed_up: Mapping[str, Effect], perplexity: Mapping[str, Sequence[float]], cosines: Sequence[float], drafts: int
 ) -> Any:
     """Perplexity against speed, and how linear the model is, layer by layer."""
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from paperworks.lab.run import Run
 from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, prompt_ids
 
 if TYPE_CHECKING:
-    from paperworks.lab.measure import Ratio
+    from paperworks.lab.measure import Effect
 
 ALONE, THREADS, BATCHES, HOLES, FUSED = (
     "one by one", "a thread a request", "static batches", "fused, holes left", "temporal fusion",
@@ -294,7 +294,7 @@ def _outside_model(target: Any, ids: list[Any], work: list[Request], options: di
     return 1 - sum(marks) / total
 
 
-def _figure(speed_up: dict[str, Ratio], latencies: dict[str, list[float]], firsts: dict[str, list[float]]) -> Any:
+def _figure(speed_up: dict[str, Effect], latencies: dict[str, list[float]], firsts: dict[str, list[float]]) -> Any:
     """Throughput against one by one with intervals, and how many requests have been answered after how long."""
     import numpy as np
     from matplotlib.figure import Figure
@@ -304,8 +304,8 @@ def _figure(speed_up: dict[str, Ratio], latencies: dict[str, list[float]], first
     left, middle, right = figure.subplots(1, 3)
     names = list(speed_up)[::-1]
     values = [speed_up[name].value for name in names]
-    lows = [speed_up[name].value - (speed_up[name].low or speed_up[name].value) for name in names]
-    highs = [(speed_up[name].high or speed_up[name].value) - speed_up[name].value for name in names]
+    lows = [speed_up[name].value - speed_up[name].ends[0] for name in names]
+    highs = [speed_up[name].ends[1] - speed_up[name].value for name in names]
     left.barh(names, values, xerr=[lows, highs], color=[colours[name] for name in names], ecolor="#333333", capsize=3)
     left.axvline(1, color="#333333", linewidth=0.8)
     left.set_xlabel("tokens/s against one by one")
