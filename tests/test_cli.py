@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -108,7 +110,7 @@ def test_list_shows_what_a_paper_does_whole_and_its_verdicts(monkeypatch, paperw
     words = " ".join(out.split())
     for paper in (p for p in load_cards().values() if p.room == "decoding"):
         assert all(word in words for word in paper.summary.split(". ")[0].rstrip(".").split())
-    assert "claims hold" in words.replace("claims measured", "claims")
+    assert words.count("measured:") == words.count(" claims ") > 10
 
 
 def test_every_figure_of_a_run_is_told_on_request(paperworks, toys):
@@ -268,3 +270,38 @@ def test_listing_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_bench_within_minutes_keeps_each_record_and_tells_what_it_left_out(paperworks, registry, tmp_path):
+    @recipe("hydra", gpu=5, tiny={"throws": 2})
+    def quick(run: Run, throws: int = 3) -> None:
+        run.record("throws", throws, better="higher")
+
+    @recipe("chimera", gpu=1, tiny={})
+    def slow(run: Run) -> None:
+        time.sleep(60)
+
+    @recipe("lantern", gpu=1)
+    def only_default(run: Run) -> None: ...
+
+    @recipe("fspad")
+    def unchanged(run: Run) -> None: ...
+
+    words = ("bench", "--device", "cpu", "--minutes", "0.25", "--scale", "tiny", "--out", str(tmp_path))
+    status, out, err = paperworks(*words)
+    assert status == 0, err
+    assert (tmp_path / "benchmarks" / "records" / "hydra.json").is_file()
+    assert not (tmp_path / "benchmarks" / "records" / "chimera.json").exists()
+    assert "left out: fspad: a GPU changes nothing" in out
+    assert "left out: lantern: it has no scale tiny, only default" in out
+    assert (reason := re.search(r"left out: chimera: (its share of \d+ s was over)", out))
+    assert json.loads(paperworks("results", "chimera", "--json")[1])[0]["error"] == reason[1]
+
+
+def test_bench_refuses_what_it_cannot_do(paperworks, toys, tmp_path):
+    status, _, err = paperworks("bench", "hydra", "--scale", "tiny")
+    assert status == 2 and "runs of scale tiny are no benchmarks: give --out FOLDER" in err
+    status, _, err = paperworks("bench", "hydra", "--out", str(tmp_path), "--parts", str(tmp_path / "none"))
+    assert status == 2 and "is no folder of trained parts" in err
+    status, _, err = paperworks("bench", "hydra", "--out", str(tmp_path), "--device", "cuda")
+    assert status == 2 and "PyTorch sees no GPU here" in err

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paperworks import __version__
-from paperworks.cli import models, page, papers, runs
+from paperworks.cli import bench, models, page, papers, runs
 from paperworks.errors import PaperworksError
 
 
@@ -38,7 +38,7 @@ def app() -> typer.Typer:
     program.command("inspect", epilog="Example: `paperworks inspect --model my_model.py:build --data digits`")(
         models.inspect_model
     )
-    program.command("bench", epilog="Example: `paperworks bench hydra`")(runs.bench)
+    program.command("bench", epilog="Example: `paperworks bench hydra`")(bench.bench)
     program.command("serve", epilog="Example: `paperworks serve --port 8000`")(page.serve)
     program.command("digest", epilog="Example: `paperworks digest --dry-run --to digests`")(page.digest)
     program.add_typer(runs.run_commands(), name="run")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from paperworks.cli.shared import JsonOption, StoreOption, print_json, progress, terminal
+from paperworks.cli.shared import JsonOption, StoreOption, print_json, terminal
 from paperworks.errors import UsageError
 from paperworks.papers import get
 
@@ -61,8 +60,8 @@ def _run_command(slug: str) -> Callable[..., int]:
         shared = {name: given.pop(name) for name in _SHARED}
         as_json = given.pop("as_json")
         options = {name: value for name, value in given.items() if value is not None}
-        run = _execute(slug, options, as_json=as_json, **shared)
-        return _report([run], as_json)
+        run = execute(slug, options, as_json=as_json, **shared)
+        return report([run], as_json)
 
     parameters: list[tuple[str, Any, Any]] = []
     for name, parameter in recipe.parameters.items():
@@ -80,10 +79,11 @@ def _run_command(slug: str) -> Callable[..., int]:
     return command
 
 
-def _execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool, **shared: Any) -> Any:
-    from paperworks.lab.executors import execute
+def execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool, **shared: Any) -> Any:
+    """Execute a recipe, and say in a sentence where it failed."""
+    from paperworks.lab import executors
 
-    run = execute(slug, parameters=options, show_progress=not as_json, **shared)
+    run = executors.execute(slug, parameters=options, **shared)
     if run.status == "failed":
         if verbose and run.traceback:
             print(run.traceback, file=sys.stderr)
@@ -92,7 +92,8 @@ def _execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool
     return run
 
 
-def _report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
+def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
+    """Print what runs measured, and give the exit status: that of the worst."""
     from paperworks.lab.benchmarks import every_figure
     from paperworks.lab.records import as_record
     from paperworks.lab.report import print_results, rendered
@@ -149,11 +150,11 @@ def compare(
     for card in cards:
         find(card.slug).parse(options)
     runs = [
-        _execute(card.slug, options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False)
+        execute(card.slug, options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False)
         for card in cards
     ]
     if as_json:
-        return _report(runs, True)
+        return report(runs, True)
     (headings, rows), figure = side_by_side(runs)
     console = terminal()
     console.print(rendered(headings, rows, console.width), highlight=False)
@@ -186,14 +187,14 @@ def results(
     from rich import box
     from rich.table import Table
 
-    from paperworks.lab import report
     from paperworks.lab.records import interval
+    from paperworks.lab.report import markdown as as_markdown
     from paperworks.lab.store import Store
 
     with Store(store) as opened:
         if what is not None and what[:8].isdigit() and "-" in what:
             run = opened.run(what)
-            _report([run], as_json, every=every)
+            report([run], as_json, every=every)
             if not as_json:
                 for log in run.logs:
                     print(log.message)
@@ -208,13 +209,13 @@ def results(
         print(f"nothing was measured here yet: `paperworks run {paper.slug if paper else 'hydra'}` does it")
         return
     if every:
-        _report(runs, False, every=True)
+        report(runs, False, every=True)
         return
     if markdown:
         newest = next((run for run in runs if run.status == "finished"), None)
         if newest is None:
             raise UsageError("no run has finished yet, so there is nothing to print as Markdown")
-        print(report.markdown(newest, get(newest.paper)))
+        print(as_markdown(newest, get(newest.paper)))
         return
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("run", "paper", "scale", "status", "ratios"):
@@ -225,43 +226,3 @@ def results(
             run.id, run.paper, run.scale, run.status if not run.error else f"{run.status}: {run.error}", ratios
         )
     terminal().print(table)
-
-
-def bench(
-    papers: Annotated[list[str] | None, typer.Argument(help="Papers; all that have a recipe by default.")] = None,
-    missing: Annotated[
-        bool, typer.Option("--missing", help="Only papers without a record, to go on after a stop.")
-    ] = False,
-    page: Annotated[
-        bool, typer.Option("--page", help="The page instead: search over 100,000 papers, 200 readers at once.")
-    ] = False,
-    store: StoreOption = None,
-) -> int:
-    """Run recipes at their default scale and write `benchmarks/` in this checkout."""
-    from paperworks.lab import benchmarks, records
-    from paperworks.lab.recipe import recipes
-
-    root = records.checkout()
-    if root is None:
-        raise UsageError("records are written into a checkout of Paperworks: clone it and `make bench` there")
-    if page:
-        return _bench_page(root)
-    slugs = [get(name).slug for name in papers] if papers else list(recipes())
-    if missing:
-        slugs = [slug for slug in slugs if slug not in records.load_records()]
-    worst = 0
-    for slug in slugs:
-        run = _execute(slug, {}, as_json=False, verbose=True, store=store)
-        worst = max(worst, _report([run], False))
-        if run.status == "finished":
-            print(f"record: {benchmarks.write_record(run, root)}")
-    return worst
-
-
-def _bench_page(root: Path) -> int:
-    from paperworks.page.bench import page_bench
-
-    with progress() as tell:
-        page_bench(root, progress=tell)
-    print(f"record: {root / 'benchmarks' / 'page.json'}")
-    return 0

@@ -209,6 +209,7 @@ class Recipe:
         seeded: Whether the function takes the run's seed as `seed`.
         columns: The measurements that make its table, by name, or as "name against X" where several share a name.
         rows: Patterns of the series that make its rows; all of them where there is none.
+        gpu: How much a GPU changes what it measures, for the order when a GPU is at hand for a few minutes; 0 for nothing.
         shared: For each keyword argument that is a dataclass, its class; the class's fields are among `parameters`.
     """
 
@@ -222,6 +223,7 @@ class Recipe:
     seeded: bool = False
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
+    gpu: int = 0
     shared: dict[str, type[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -309,6 +311,7 @@ def recipe(
     large: Mapping[str, object] | None = None,
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
+    gpu: int = 0,
 ) -> Callable[[Callable[..., None]], Recipe]:
     """Make a function the recipe of a paper.
 
@@ -327,6 +330,7 @@ def recipe(
         columns: The measurements that make the table which people read, at most six, by name, or as "name against X"
             where one name has several baselines. All else that was recorded is in `paperworks results ID --all`.
         rows: The series that make its rows, as patterns such as "Hydra*"; all that have one of the columns by default.
+        gpu: How much a GPU changes what it measures: `paperworks bench --minutes` goes by it, and leaves out a 0.
 
     Raises:
         TypeError: A parameter has no default or a type that cannot become an option, or two have one name.
@@ -362,7 +366,7 @@ def recipe(
     """
 
     def register(function: Callable[..., None]) -> Recipe:
-        made = _describe(function, paper, baseline, tiny, large, columns, rows)
+        made = _describe(function, paper, baseline, tiny, large, columns, rows, gpu)
         before = _registry.get(paper)
         if before is not None and _where(before.function) != _where(function):
             raise ValueError(
@@ -386,6 +390,7 @@ def _describe(
     large: Mapping[str, object] | None = None,
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
+    gpu: int = 0,
 ) -> Recipe:
     if len(columns) > MOST_COLUMNS:
         raise ValueError(f"recipe {paper}: a table has at most {MOST_COLUMNS} columns, given {len(columns)}")
@@ -432,6 +437,7 @@ def _describe(
         seeded="seed" in types,
         columns=tuple(columns),
         rows=tuple(rows),
+        gpu=gpu,
         shared=shared,
     )
     for scale, values in (("tiny", tiny), ("default", {}), ("paper", large)):

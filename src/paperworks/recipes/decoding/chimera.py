@@ -10,6 +10,7 @@ from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
 @recipe(
     "chimera",
     baseline="plain decoding",
+    gpu=7,
     tiny={**TINY, "ablations": True},
     large={**LARGE, "nodes": 23, "ablations": True},
 )

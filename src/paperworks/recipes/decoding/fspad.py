@@ -12,6 +12,7 @@ _ABLATIONS = ("EAGLE-2, feature sampling", "EAGLE-2, partial alignment", "EAGLE-
 @recipe(
     "fspad",
     baseline="plain decoding",
+    gpu=7,
     tiny={**TINY, "ablations": True},
     large={**LARGE, "nodes": 60, "ablations": True},
 )

@@ -10,6 +10,7 @@ from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
 @recipe(
     "hydra",
     baseline="plain decoding",
+    gpu=8,
     tiny={**TINY, "prefix_layer": True},
     large={**LARGE, "nodes": 63, "prefix_layer": True},
 )
