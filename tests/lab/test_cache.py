@@ -1,14 +1,16 @@
-"""Cached folders: built once, checked, rebuilt when stale or corrupt."""
+"""Cached folders: built once, checked, rebuilt when stale or corrupt, and never taken from who reads them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from paperworks.lab.cache import cached_folder
+from paperworks.errors import UsageError
+from paperworks.lab.cache import cached_folder, folders_used, pack
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +73,109 @@ def test_failed_build_leaves_nothing_behind(tmp_path):
     assert not list((tmp_path / "paperworks" / "things").iterdir())
 
 
-def test_what_a_killed_build_left_is_removed_after_a_day(tmp_path):
-    for name, age in (("building-old", 2 * 86_400), ("building-now", 60)):
+def test_who_builds_second_discards_its_own(tmp_path):
+    handed_out = []
+
+    def second(folder: Path) -> None:
+        # Meanwhile another builds the same and hands it out.
+        handed_out.append(cached_folder("things", {"a": 1}, Builder()))
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("made by the second")
+
+    folder = cached_folder("things", {"a": 1}, second)
+    assert [folder] == handed_out
+    assert (folder / "deep" / "file").read_text() == "made 1"
+    assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
+
+
+def test_who_builds_second_in_place_of_a_damaged_folder_discards_its_own(tmp_path):
+    damaged = cached_folder("things", {"a": 1}, Builder())
+    (damaged / "manifest.json").unlink()
+
+    def second(folder: Path) -> None:
+        cached_folder("things", {"a": 1}, Builder())
+        (folder / "late").write_text("")
+
+    folder = cached_folder("things", {"a": 1}, second)
+    assert (folder / "deep" / "file").read_text() == "made 1" and not (folder / "late").exists()
+
+
+def test_a_damaged_folder_is_moved_aside_and_removed_after_a_week(tmp_path):
+    build = Builder()
+    folder = cached_folder("things", {"a": 1}, build)
+    (folder / "deep" / "file").write_text("MADE 1")
+    with (folder / "deep" / "file").open() as reader:
+        assert cached_folder("things", {"a": 1}, build) == folder
+        assert reader.read() == "MADE 1"
+    [aside] = folder.parent.glob("damaged-*/*")
+    assert (aside / "deep" / "file").read_text() == "MADE 1" and (folder / "deep" / "file").read_text() == "made 2"
+    cached_folder("things", {"a": 2}, build)
+    assert aside.exists()
+    then = time.time() - 8 * 86_400
+    os.utime(aside.parent, (then, then))
+    cached_folder("things", {"a": 3}, build)
+    assert not aside.parent.exists()
+
+
+def _build_and_read(cache: str, number: int, ready: object, told: object) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache
+
+    def build(folder: Path) -> None:
+        (folder / "builder").write_text(str(number))
+        # Each has seen that there is none, or that it is damaged, before any has put its own there.
+        ready.wait()
+
+    folder = cached_folder("things", {"a": 1}, build)
+    with (folder / "builder").open() as file:
+        told.put((os.fstat(file.fileno()).st_ino, file.read()))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_of_processes_that_build_at_once_all_hand_out_the_same_folder(tmp_path, damaged):
+    if damaged:
+        folder = cached_folder("things", {"a": 1}, Builder())
+        (folder / "deep" / "file").write_text("MADE 1")
+    context = multiprocessing.get_context("spawn")
+    ready, told = context.Barrier(4), context.Queue()
+    builders = [
+        context.Process(target=_build_and_read, args=(str(tmp_path), number, ready, told)) for number in range(4)
+    ]
+    for builder in builders:
+        builder.start()
+    read = {told.get(timeout=120) for _ in builders}
+    for builder in builders:
+        builder.join()
+    assert len(read) == 1
+    assert len(list((tmp_path / "paperworks" / "things").glob("damaged-*"))) == damaged
+
+
+def test_what_a_killed_build_left_is_removed_after_a_week(tmp_path):
+    for name, age in (("building-old", 8 * 86_400), ("building-now", 6 * 86_400)):
         (tmp_path / "paperworks" / "things" / name).mkdir(parents=True)
         then = time.time() - age
         os.utime(tmp_path / "paperworks" / "things" / name, (then, then))
     cached_folder("things", {"a": 1}, Builder())
     left = {folder.name for folder in (tmp_path / "paperworks" / "things").glob("building-*")}
     assert left == {"building-now"}
+
+
+def test_what_was_used_is_packed_and_found_again_elsewhere(tmp_path, monkeypatch):
+    build = Builder()
+    cached_folder("things", {"a": 0}, build)
+    with folders_used() as used:
+        first = cached_folder("things", {"a": 1}, build)
+        cached_folder("things", {"a": 1}, build)
+    assert used == [first]
+    size = pack(used, tmp_path / "parts", most=10_000)
+    assert size == sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / "elsewhere")
+    monkeypatch.setenv("PAPERWORKS_PARTS", str(tmp_path / "parts"))
+    assert cached_folder("things", {"a": 1}, build) == tmp_path / "parts" / "things" / first.name
+    assert build.calls == 2
+    # What was damaged on the way is built anew, and what was brought is left alone.
+    (tmp_path / "parts" / "things" / first.name / "deep" / "file").write_text("damaged")
+    again = cached_folder("things", {"a": 1}, build)
+    assert again.is_relative_to(tmp_path / "elsewhere") and build.calls == 3
+    with pytest.raises(UsageError, match="1 trained parts have 0 MiB, more than 0: name fewer papers"):
+        pack(used, tmp_path / "more", most=10)
+    assert not (tmp_path / "more").exists()

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 from paperworks.errors import UsageError
 from paperworks.lab import Run
-from paperworks.lab.recipe import find, recipe, recipes
+from paperworks.lab.recipe import Between, Data, Model, find, recipe, recipes
 
 module = importlib.import_module("paperworks.lab.recipe")
 
@@ -209,6 +209,73 @@ def test_shared_parameters_become_options_with_their_help_and_defaults(registry)
     assert seen == [(Shared("large", 7), False, 3)]
     with pytest.raises(UsageError, match="first has no option work"):
         first.parse({"work": "x"})
+
+
+@dataclass(frozen=True)
+class Throwing:
+    """How dice are thrown."""
+
+    throws: Annotated[int, Between(1, 40)] = 10
+
+
+def test_annotations_give_bounds_and_say_what_a_text_names(registry):
+    @recipe(paper="dice", tiny={"throws": 2}, large={"throws": 90})
+    def dice(
+        run: Run,
+        work: Throwing = Throwing(),
+        weight: Annotated[float, Between(0.5, 2)] = 1.0,
+        model: Annotated[str, Model("*", "none")] = "none",
+        data: Annotated[Literal["auto", "digits"], Data()] = "auto",
+    ) -> None:
+        """Throw dice."""
+
+    told = {name: (p.type, p.bounds, p.names) for name, p in dice.parameters.items()}
+    assert told == {
+        "throws": (int, Between(1, 40), None),
+        "weight": (float, Between(0.5, 2), None),
+        "model": (str, None, Model("*", "none")),
+        "data": (Literal["auto", "digits"], None, Data("*")),
+    }
+    assert dice.parameters["data"].choices == ("auto", "digits")
+    # Upper bounds are for runs from the web.
+    assert dice.resolve({"throws": 41}, "paper")["throws"] == 41
+    for options, message in (
+        ({"throws": 0}, "dice: throws takes a whole number of at least 1, not 0"),
+        ({"throws": "-3"}, "throws takes a whole number of at least 1, not '-3'"),
+        ({"weight": 0.4}, "weight takes a finite number of at least 0.5, not 0.4"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            dice.resolve(options)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "default", "message"),
+    [
+        (Annotated[str, Between(1, 2)], "1", "numbers have bounds, and texts name models or data, unlike x"),
+        (Annotated[bool, Between(0, 1)], True, "numbers have bounds"),
+        (Annotated[int, Model()], 1, "texts name models or data, unlike x"),
+        (Annotated[int, Between(1, 2)], 3, "the default of x is above its own bound 2"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused_when_a_recipe_is_defined(registry, annotation, default, message):
+    def dice(run: Run, x: annotation = default) -> None: ...
+
+    dice.__annotations__["x"] = annotation
+    with pytest.raises(TypeError, match=message):
+        recipe(paper="dice")(dice)
+
+
+def test_a_default_or_a_scale_below_its_bound_is_refused(registry):
+    def dice(run: Run, x: Annotated[int, Between(2, 4)] = 3) -> None: ...
+
+    with pytest.raises(UsageError, match="x takes a whole number of at least 2, not 1"):
+        recipe(paper="dice", tiny={"x": 1})(dice)
+
+
+@pytest.mark.parametrize("bounds", [(2, 1), (0, float("inf")), (float("nan"), 1)])
+def test_bounds_are_two_finite_numbers_in_order(bounds):
+    with pytest.raises(ValueError, match="bounds are two finite numbers, the lower one first"):
+        Between(*bounds)
 
 
 def test_shared_parameters_that_clash_are_refused(registry):

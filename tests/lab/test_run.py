@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import io
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from paperworks.errors import PaperworksError
-from paperworks.lab import Effect, Run, execute, recipe
-from paperworks.lab.run import Artefact, Bar, Bars, Display, Entry, Log, Measurement
+from paperworks.lab import Effect, Run
+from paperworks.lab.run import Artefact, Bars, Entry, Measurement
 
 
 class Notebook:
@@ -214,50 +212,6 @@ def test_a_run_by_hand_keeps_its_files_in_a_temporary_folder():
     run.keep_files()
     assert Path(run.artefacts["note.txt"]).read_text() == "kept"
     assert run.id in repr(run)
-
-
-def test_the_display_shows_bars_and_messages_as_text(monkeypatch):
-    display = Display()
-    out = io.StringIO()
-    display._console = Console(file=out, force_terminal=True, width=100)
-    display.show(Bars((Bar(1, "training [heads]", 1, 4), Bar(2, "chains", 2, None))))
-    display.show(Log("loss [red]0.5", 0))
-    display.show(Bars((Bar(1, "training [heads]", 3, 4),)))
-    assert len(display._live.tasks) == 1 and display._live.tasks[0].completed == 3
-    display.show(Bars(()))
-    assert display._live is None
-    text = out.getvalue()
-    assert "training [heads]" in text and "chains" in text and "3/4" in text and "loss [red]0.5" in text
-
-
-def test_nothing_is_printed_where_there_is_no_terminal(registry, tmp_path, capfd):
-    @recipe(paper="coin")
-    def coin(run: Run) -> None:
-        run.log("a message")
-        for _ in run.progress(3, "tossing"):
-            pass
-
-    assert execute(coin, store=tmp_path / "runs.db").status == "finished"
-    printed = capfd.readouterr()
-    assert printed.out == "" and printed.err == ""
-
-
-@pytest.mark.parametrize(("show", "shown"), [(True, True), (False, False)])
-def test_progress_goes_to_the_error_stream_of_a_terminal(registry, tmp_path, monkeypatch, show, shown):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-
-    @recipe(paper="coin")
-    def coin(run: Run) -> None:
-        for _ in run.progress(3, "tossing"):
-            pass
-
-    assert execute(coin, store=tmp_path / "runs.db", show_progress=show).status == "finished"
-    assert ("tossing" in terminal.getvalue()) is shown
 
 
 class _Clock:

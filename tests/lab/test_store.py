@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from paperworks.errors import UsageError
 from paperworks.lab import Run, Store
@@ -87,6 +88,167 @@ def test_runs_are_listed_newest_first_and_chosen_by_paper_and_status(store):
     assert [run.id for run in store.runs("hydra", "running")] == [fourth.id]
     assert [run.id for run in store.runs(limit=2)] == [fourth.id, third.id]
     assert store.runs("no-such-paper") == []
+
+
+@pytest.mark.parametrize("status", ["finished", "failed", "interrupted"])
+def test_a_run_that_is_over_does_not_begin_again(store, status):
+    run = begun(store)
+    run.record("tokens", 1, better="higher")
+    ended(store, run, status)
+    again = Run("hydra", id=run.id, parameters={"new_tokens": 7}, recorder=store)
+    with pytest.raises(UsageError, match=f"run {run.id} is {status} already, and a run takes place once"):
+        store.begin(again)
+    back = store.run(run.id)
+    assert (back.status, back.parameters, [m.value for m in back.measurements]) == (status, {}, [1])
+
+
+def test_an_announced_run_begins_once(store):
+    announced = begun(store)
+    taken_over = Run("hydra", id=announced.id)
+    store.begin(taken_over)
+    taken_over.environment = {"python": "3.11"}
+    store.begin(taken_over)
+    with pytest.raises(UsageError, match="is under way already"):
+        store.begin(taken_over)
+    assert store.run(announced.id).environment == {"python": "3.11"}
+
+
+def test_of_many_that_begin_a_run_at_once_one_does(store_url):
+    with Store(store_url) as store:
+        run_id = begun(store).id
+    ready, outcomes = threading.Barrier(4), []
+
+    def begin() -> None:
+        run = Run("hydra", id=run_id)
+        run.environment = {"python": "3.11"}
+        with Store(store_url) as own:
+            ready.wait()
+            try:
+                own.begin(run)
+            except UsageError:
+                outcomes.append("refused")
+            else:
+                outcomes.append("begun")
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["begun", "refused", "refused", "refused"]
+
+
+@pytest.fixture
+def absent(request, store_url, monkeypatch):
+    """A store that takes nothing from the time it is called until a run has waited so many times, and those waits."""
+    monkeypatch.setattr(module, "_BUSY", 0.05)
+    request.getfixturevalue("store")
+    server, _, database = store_url.rpartition("/")
+    engine = create_engine(
+        store_url if store_url.startswith("sqlite") else f"{server}/postgres", isolation_level="AUTOCOMMIT"
+    )
+    connection = engine.connect()
+    waits: list[float] = []
+
+    def leave(waiting: int) -> list[float]:
+        if engine.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.exec_driver_sql(f"ALTER DATABASE {database} ALLOW_CONNECTIONS false")
+            others = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"
+            connection.exec_driver_sql(others)
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == waiting:
+                come_back()
+
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        return waits
+
+    def come_back() -> None:
+        if engine.name == "sqlite":
+            connection.exec_driver_sql("ROLLBACK")
+        else:
+            connection.exec_driver_sql(f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+
+    yield leave
+    connection.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_the_end_of_a_run_waits_for_a_store_that_is_busy_or_away(absent, store, status):
+    run = begun(store)
+    waits = absent(3)
+    ended(store, run, status)
+    assert waits == [0.5, 1, 2]
+    assert store.run(run.id).status == status
+
+
+def test_a_figure_waits_for_a_store_that_is_busy_or_away_and_is_kept_once(absent, store):
+    run = begun(store)
+    waits = absent(2)
+    run.record("tokens", 7, better="higher")
+    run.log("behind it")
+    assert waits == [0.5, 1]
+    back = store.run(run.id)
+    assert [m.value for m in back.measurements] == [7] and [log.message for log in back.logs] == ["behind it"]
+
+
+def test_pauses_grow_to_half_a_minute(absent, store):
+    run = begun(store)
+    waits = absent(9)
+    ended(store, run)
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_progress_waits_for_nobody(absent, store):
+    run = begun(store)
+    waits = absent(1)
+    with run.progress(2, "training") as bar:
+        bar.advance()
+    assert waits == [] and run.status == "running"
+
+
+def test_who_interrupts_the_waiting_does_not_undo_the_run(absent, store, monkeypatch):
+    run = begun(store)
+    absent(1)
+    sleep = module.time.sleep
+
+    def interrupted(seconds: float) -> None:
+        sleep(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ended(store, run)
+    assert store.run(run.id).status == "finished"
+
+
+def test_a_store_that_stays_away_is_given_up_and_how_the_run_ended_is_told(absent, store, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 3)
+    run = begun(store)
+    waits = absent(99)
+    with pytest.raises(
+        UsageError, match=f"run {run.id} is finished, but that is not kept: the store .* does not answer"
+    ):
+        ended(store, run)
+    assert waits and waits == [0.5, 1, 2][: len(waits)]
+
+
+def test_what_may_have_been_written_is_not_written_again(store, monkeypatch):
+    run, tried = begun(store), []
+
+    def lost(self: Store, run_id: str, entry: object) -> None:
+        tried.append(entry)
+        with self._answering():
+            raise OperationalError("COMMIT", {}, Exception("the connection was lost"), connection_invalidated=True)
+
+    monkeypatch.setattr(Store, "_write", lost)
+    with pytest.raises(UsageError, match="does not answer"):
+        run.log("once")
+    assert len(tried) == 1
 
 
 def test_the_latest_run_is_the_newest_that_finished(store):
