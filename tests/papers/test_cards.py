@@ -70,6 +70,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("slug", list(load_cards()))
+def test_every_card_names_its_authors(slug):
+    authors = get(slug).authors
+    assert authors and len(set(authors)) == len(authors)
+    for name in authors:
+        assert re.fullmatch(r"[^\W\d_][^,\d]*[ ][^,\d]*[^\W\d_]{2,}", name), f"{name!r} is no full name"
+
+
 def test_good_card_loads(folder):
     assert load_cards(folder)["one"].claims[0].value == 2.0
 
