@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,42 @@ def test_the_command_prints_one_report(script, tmp_path):
     assert told["kind"] == "classifier" and {"nc1", "nc4"} <= {finding["name"] for finding in told["findings"]}
 
 
+def test_a_file_has_its_own_name_and_imports_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside.py").write_text("WIDTH = 3\n")
+    (tmp_path / "random.py").write_text(
+        "from torch import nn\nfrom beside import WIDTH\n\ndef build():\n    return nn.Linear(4, WIDTH)\n"
+    )
+    before = list(sys.path)
+    assert load_network(f"{tmp_path}/random.py:build").out_features == 3
+    assert sys.path == before and hasattr(sys.modules["random"], "shuffle")
+
+
+def test_files_that_fail_are_one_clear_sentence(script, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    script.write_text(
+        f"{MODEL}\nNUMBER = 3\n\ndef wide(width):\n    return nn.Linear(width, 2)\n\ndef text():\n    return 'x'\n"
+    )
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"no tensors")
+    for spec, weights, words in (
+        (f"{broken}:build", None, "fails when it is loaded, with ZeroDivisionError"),
+        (f"{script}:NUMBER", None, "is of type int: give a torch.nn.Module"),
+        (f"{script}:wide", None, "cannot be called without arguments .*width"),
+        (f"{script}:text", None, "gives a str, and a torch.nn.Module is wanted"),
+        (f"{script}:build", damaged, "do not fit"),
+        (f"{script}:build", tmp_path / "none.safetensors", "do not fit"),
+        (str(tmp_path), damaged, "comes with its own weights"),
+    ):
+        with pytest.raises(UsageError, match=words) as error:
+            load_network(spec, weights=weights)
+        assert len(str(error.value).splitlines()) == 1
+    assert not [name for name in sys.modules if name.endswith("broken")]
+    loader = iter(batches("digits"))
+    with pytest.raises(UsageError, match="is used up when it is gone through once"):
+        inspect(load_network(f"{script}:build"), loader)
+
+
 def test_bad_input_is_one_clear_sentence(script, tmp_path):
     loader = batches("digits")
     for spec, words in (
@@ -142,3 +179,28 @@ def test_bad_input_is_one_clear_sentence(script, tmp_path):
     text.write_text("words")
     with pytest.raises(UsageError, match="neither a table nor images"):
         batches(str(text))
+
+
+def test_a_classifier_whose_weights_do_not_fill_it_is_refused(script, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    network = load_network(str(tmp_path / "vit"))
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+    file = tmp_path / "vit" / "model.safetensors"
+    weights = {name.replace("classifier", "head"): value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"lack 2 of the model's 24 tensors: classifier\.bias, .*own network is FILE\.py"
+    ):
+        load_network(str(tmp_path / "vit"))
+    file.write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="no transformers image classifier that loads"):
+        load_network(str(tmp_path / "vit"))
+    with pytest.raises(UsageError, match="do not fit"):
+        load_network(f"{script}:build", weights=file)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
+from itertools import product
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from paperworks.representation.cauchy_schwarz_bottleneck import (
     cs_divergence,
     cs_mutual_information,
     fgsm,
+    hsic,
     information_plane,
     pgd,
     train_bottleneck,
@@ -263,6 +267,165 @@ def test_rotating_features_changes_nothing():
     assert float(loss(x @ Q, y, y_hat, t @ R)) == pytest.approx(float(loss(x, y, y_hat, t)), abs=1e-10)
 
 
+def exactly(measure, x, t, y_hat=None, official=False):
+    """What the functions estimate, with unit kernels, by the formulas as they stand in the paper, on lists of mpmath's numbers."""
+
+    def matrix(u, v):
+        return [[mpmath.exp(-sum((a - b) ** 2 for a, b in zip(r, s, strict=True)) / 2) for s in v] for r in u]
+
+    def total(rows):
+        return mpmath.fsum(v for row in rows for v in row)
+
+    def times(u, v):
+        return [[a * b for a, b in zip(r, s, strict=True)] for r, s in zip(u, v, strict=True)]
+
+    def information(K, Q):
+        rows = [mpmath.fsum(k) * mpmath.fsum(q) for k, q in zip(K, Q, strict=True)]
+        return mpmath.log(total(times(K, Q))) + mpmath.log(total(K) * total(Q)) - 2 * mpmath.log(mpmath.fsum(rows))
+
+    def independence(K, Q):
+        centred = []
+        for one in (K, Q):
+            rows = [mpmath.fsum(row) / len(one) for row in one]
+            mean = mpmath.fsum(rows) / len(one)
+            centred.append(
+                [[v - a - b + mean for v, b in zip(row, rows, strict=True)] for row, a in zip(one, rows, strict=True)]
+            )
+        return total(times(*centred)) / len(K) ** 2
+
+    K, Q = matrix(x, x), matrix(t, t)
+    if measure == "divergence":
+        mean = [total(one) / len(one) / len(one[0]) for one in (K, Q, matrix(x, t))]
+        return mpmath.log(mean[0]) + mpmath.log(mean[1]) - 2 * mpmath.log(mean[2])
+    if measure == "conditional":
+        rows = [mpmath.fsum(v**2 for v in row) if official else mpmath.fsum(row) ** 2 for row in K]
+        W = [[v / w for v in row] for row, w in zip(K, rows, strict=True)]
+        sums = [total(times(W, one)) for one in (Q, matrix(y_hat, y_hat), matrix(y_hat, t))]
+        return mpmath.log(sums[0]) + mpmath.log(sums[1]) - 2 * mpmath.log(sums[2])
+    of = information if measure == "information" else independence
+    alone = of(K, K) * of(Q, Q)
+    return of(K, Q), of(K, Q) / mpmath.sqrt(alone) if alone > 1e-60 else mpmath.mpf(0)
+
+
+@pytest.fixture
+def many_digits():
+    with mpmath.workdps(80):
+        yield
+
+
+def numbers(rows):
+    return [[mpmath.mpf(value) for value in row] for row in rows.detach().double().tolist()]
+
+
+def samples(n, scale, offset, dtype, seed):
+    return (scale * normal(n, 2, seed=seed) + offset).to(dtype)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.usefixtures("many_digits")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1e5])
+def test_estimates_agree_with_many_digits_at_any_scale(dtype, offset):
+    """Large and small inputs, wide kernels, offsets, duplicates, one sample: to the last digits of the result's dtype."""
+    offset = min(offset, 100.0) if dtype == torch.float16 else offset
+    cases = [(6, *both) for both in product((1e-4, 0.01, 1.0, 1e4), repeat=2)] + [(1, 1.0, 0.01), (2, 0.01, 1e-4)]
+    for seed, (n, of_x, of_t) in enumerate(cases):
+        x, t = samples(n, of_x, offset, dtype, seed), samples(n, of_t, offset, dtype, seed + 50)
+        y_hat = (t.double() + 0.01 * of_t * normal(n, 2, seed=seed + 100)).to(dtype)
+        if n > 2:
+            x[1], t[1], y_hat[1] = x[0], t[0], y_hat[0]
+        if not all(bool(one.isfinite().all()) for one in (x, t, y_hat)):
+            continue
+        # Where the truth is 0, a formula to 80 digits leaves specks.
+        near = {"rel": 1e-7, "abs": 1e-25}
+        for found, measure, *given in (
+            (cs_divergence(y_hat, t), "divergence", y_hat, t),
+            (conditional_cs_divergence(x, t, y_hat), "conditional", x, t, y_hat),
+        ):
+            assert found.dtype == torch.promote_types(dtype, torch.float32)
+            assert float(found) == pytest.approx(float(exactly(measure, *map(numbers, given))), **near)
+        official = conditional_cs_divergence(x, t, y_hat, official=True)
+        expected = exactly("conditional", *map(numbers, (x, t, y_hat)), official=True)
+        assert float(official) == pytest.approx(float(expected), **near)
+        for function, measure in ((cs_mutual_information, "information"), (hsic, "independence")):
+            expected = exactly(measure, numbers(x), numbers(t))
+            for found, truth in zip((function(x, t, normalize=False), function(x, t)), expected, strict=True):
+                assert float(found) == pytest.approx(float(truth), **near)
+
+
+@pytest.mark.usefixtures("many_digits")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_agree_with_many_digits_at_any_scale(dtype):
+    for seed, (of_x, of_t) in enumerate(product((0.01, 1.0), (1e-3, 1.0))):
+        scales = (of_x, of_t, of_t)
+        given = [samples(4, scale, 0, dtype, 7 * seed + k).requires_grad_() for k, scale in enumerate(scales)]
+        x, t, y_hat = given
+        loss = CauchySchwarzBottleneck(0.5)(x, t, y_hat, t) + hsic(x, t) + cs_divergence(t, y_hat)
+
+        def exact(x, t, y_hat):
+            return (
+                exactly("conditional", x, t, y_hat) + exactly("information", x, t)[1] / 2
+                + exactly("independence", x, t)[1] + exactly("divergence", t, y_hat)
+            )  # fmt: skip
+
+        for place, gradient in enumerate(torch.autograd.grad(loss, given)):
+            assert gradient.dtype == dtype
+            tolerance = float(gradient.abs().max()) * max(1e-6, torch.finfo(dtype).eps)
+            for row, column in ((0, 0), (3, 1)):
+                ends, step = [], mpmath.mpf("1e-20")
+                for sign in (1, -1):
+                    moved = [numbers(one) for one in given]
+                    moved[place][row][column] += sign * step
+                    ends.append(exact(*moved))
+                expected = float((ends[0] - ends[1]) / (2 * step))
+                assert float(gradient[row, column]) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_information_of_narrow_codes_keeps_its_value(dtype):
+    """t = c x keeps as much of x for every small c; constants in a root, or logarithms in float32, lose that."""
+    x = normal(200).to(dtype)
+    values = [float(cs_mutual_information(x, c * x)) for c in (0.03, 0.01, 1e-3, 1e-8)]
+    assert values == pytest.approx([values[-1]] * 4, rel=2e-3) and 0.7 < values[-1] < 0.9
+
+
+def test_normalised_information_of_two_samples_and_widths_far_apart_is_above_one():
+    x, t = torch.tensor([0.0, 100.0]), torch.tensor([0.0, 1e-4])
+    assert float(cs_mutual_information(x, t)) == pytest.approx(1 / math.sqrt(math.log(2)), rel=1e-6)
+    assert float(hsic(x, t)) == pytest.approx(1, rel=1e-6)
+
+
+def test_median_widths_are_those_of_the_samples_they_are_for():
+    x, y, y_hat, t = normal(9, 3), 5 * normal(9, 2, seed=1), 2 * normal(9, 2, seed=2), 0.2 * normal(9, 4, seed=3)
+    widths = [float(torch.pdist(one).median()) for one in (x, y, t, torch.cat([y, y_hat]))]
+    of_x, of_y, of_t, of_both = widths
+    # An even number of distances has two in the middle: the smaller is taken.
+    assert float(cs_divergence(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 7.0]), "median")) == float(
+        cs_divergence(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 7.0]), 3.0)
+    )
+    assert torch.equal(cs_divergence(y, y_hat, "median"), cs_divergence(y, y_hat, of_both))
+    median, given = (conditional_cs_divergence(x, y, y_hat, *two) for two in (("median", "median"), (of_x, of_y)))
+    assert torch.equal(median, given)
+    for measure in (cs_mutual_information, hsic):
+        assert torch.equal(measure(x, t, "median", "median"), measure(x, t, of_x, of_t))
+        assert not torch.allclose(measure(x, t, of_x, of_t), measure(x, t, of_x, of_x))
+    whole = CauchySchwarzBottleneck(0.5, "median", "median", "median", sigma_compression=2.0)(x, y, y_hat, t)
+    assert float(whole) == pytest.approx(float(given + 0.5 * cs_mutual_information(x, t, 2.0, of_t)), abs=1e-12)
+
+
+def test_one_sample_and_constants_tell_nothing():
+    x, one = normal(6, 2).float(), torch.ones(1, 2)
+    for measure in (cs_mutual_information, hsic):
+        for given in ((x, torch.full((6, 3), 0.1)), (torch.full((6, 2), 1e5), x), (one, one)):
+            assert float(measure(*given)) == 0
+        moving = one.clone().requires_grad_()
+        measure(moving, one).backward()
+        assert not moving.grad.any()
+    assert float(cs_divergence(one, one + 3)) == pytest.approx(18)
+
+
 @parametrize_with_checks(
     [CauchySchwarzBottleneckRegressor((16,), 8, lr=1e-2, epochs=30, batch_size=32, random_state=0)]
 )
@@ -320,6 +483,82 @@ def test_saved_and_loaded_it_predicts_the_same(diabetes, tmp_path):
         assert np.array_equal(loaded.predict(X), model.predict(X)) and loaded.predict(X).shape == target.shape
 
 
+def test_damaged_or_foreign_folders_are_one_clear_sentence(diabetes, tmp_path):
+    CauchySchwarzBottleneckRegressor((8,), 4, epochs=1, random_state=0).fit(*diabetes).save_pretrained(tmp_path / "one")
+    for name, spoil in (
+        ("config.json", lambda text: b"{}"),
+        ("config.json", lambda text: text.replace(b'"bottleneck": 4', b'"bottleneck": 5')),
+        ("model.safetensors", lambda text: text[:-8]),
+    ):
+        broken = tmp_path / "broken"
+        shutil.copytree(tmp_path / "one", broken, dirs_exist_ok=True)
+        (broken / name).write_bytes(spoil((broken / name).read_bytes()))
+        with pytest.raises(ValueError, match="holds no saved CauchySchwarzBottleneckRegressor"):
+            CauchySchwarzBottleneckRegressor.from_pretrained(broken)
+    with pytest.raises(ValueError, match="holds no saved"):
+        CauchySchwarzBottleneckRegressor.from_pretrained(tmp_path / "nowhere")
+
+
+def test_options_of_numpy_are_saved(diabetes, tmp_path):
+    sizes = np.array([8]), np.int64(4)
+    model = CauchySchwarzBottleneckRegressor(*sizes, np.float32(0.5), epochs=np.int64(1), random_state=np.int64(0))
+    model.fit(*diabetes).save_pretrained(tmp_path)
+    loaded = CauchySchwarzBottleneckRegressor.from_pretrained(tmp_path)
+    assert (loaded.hidden, loaded.beta, loaded.random_state) == ((8,), 0.5, 0)
+
+
+def test_columns_in_another_order_are_refused(diabetes):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(diabetes[0], columns=list("abcdefghij"))
+    model = CauchySchwarzBottleneckRegressor((8,), 4, epochs=1, random_state=0).fit(frame, diabetes[1])
+    moved = frame[list("bacdefghij")]
+    for use in (
+        model.predict,
+        model.transform,
+        lambda X: model.score(X, diabetes[1]),
+        lambda X: model.information_plane(X, diabetes[1]),
+    ):
+        use(frame)
+        with pytest.raises(ValueError, match="feature names"):
+            use(moved)
+
+
+def test_a_large_mean_takes_no_digits_from_float32_features_or_targets(diabetes):
+    X, y = diabetes
+    far, high = X + np.float32(1e5), y.astype(np.float32) + np.float32(1e5)
+    fits = [
+        CauchySchwarzBottleneckRegressor((8,), 4, epochs=3, lr=1e-2, random_state=0).fit(*given).predict(given[0])
+        for given in ((far, high), ((far - 1e5).astype(np.float32), high - np.float32(1e5)))
+    ]
+    assert np.ptp(fits[1]) > 10 and np.allclose(fits[0] - np.float32(1e5), fits[1], atol=0.05)
+
+
+def test_an_interrupted_fit_leaves_what_was_fitted(diabetes, monkeypatch):
+    X, y = diabetes
+    model = CauchySchwarzBottleneckRegressor((8,), 4, epochs=2, random_state=0).fit(X, y)
+    before, module = model.predict(X), "paperworks.representation.cauchy_schwarz_bottleneck.train_bottleneck"
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(10 * X, -y)
+    assert np.array_equal(model.predict(X), before)
+
+
+def test_evaluation_leaves_the_network_as_it_was():
+    x, y = normal(9, 3).float(), normal(9, 1, seed=1).float()
+    network = BottleneckNetwork(3, (4,), 2, stochastic=True, generator=torch.Generator().manual_seed(0))
+    for training in (True, False):
+        network.train(training)
+        assert information_plane(network, x, y) == information_plane(network, x, y)
+        assert network.training is training
+        with torch.no_grad():
+            fgsm(network, x, y, 0.1)
+        assert all(weight.requires_grad and weight.grad is None for weight in network.parameters())
+
+
 def test_attacks_raise_the_error_and_stay_in_reach():
     x, y = normal(20, 3), normal(20, 1, seed=1)
     torch.manual_seed(0)
@@ -338,6 +577,12 @@ def test_attacks_raise_the_error_and_stay_in_reach():
 
 def test_bad_input_is_one_clear_sentence(diabetes):
     x, y, t = normal(5, 3), normal(5, 1), normal(5, 2)
+    network = BottleneckNetwork(3, (4,), 2).double()
+    fitted = CauchySchwarzBottleneckRegressor((4,), 2, epochs=1).fit(*diabetes)
+    for given in ((x.numpy(), t), (x, t.numpy())):
+        for measure in (cs_mutual_information, hsic, cs_divergence):
+            with pytest.raises(TypeError, match="is a tensor, got ndarray"):
+                measure(*given)
     for call, words in (
         (lambda: cs_divergence(x, y), "as many columns"),
         (lambda: conditional_cs_divergence(x, y, t), "of one shape"),
@@ -346,16 +591,31 @@ def test_bad_input_is_one_clear_sentence(diabetes):
         (lambda: cs_divergence(x[:0], x), "floating-point"),
         (lambda: cs_divergence(x.long(), x), "floating-point"),
         (lambda: cs_divergence(x, x, -1.0), "number above 0"),
+        (lambda: cs_divergence(x, x, None), "number above 0"),
+        (lambda: hsic(x, t[:3]), "same N samples"),
         (lambda: cs_mutual_information(x * 0, t, "median"), "median distance is 0"),
         (lambda: CauchySchwarzBottleneck(-1), "beta is"),
         (lambda: CauchySchwarzBottleneck(sigma_x=0), "number above 0"),
         (lambda: CauchySchwarzBottleneck(sigma_t="mean"), "number above 0"),
-        (lambda: information_plane(BottleneckNetwork(3, (4,), 2).double(), x, y * 0), "targets are the same"),
+        (lambda: information_plane(network, x, 0 * y + 0.1), "targets are the same"),
+        (lambda: information_plane(network, x, y[:, 0]), "of the shape of the predictions"),
+        (lambda: fgsm(network, x, y[:, 0], 0.1), "of the shape of the predictions"),
+        (lambda: fgsm(network, x, y, -0.1), "eps is a number"),
+        (lambda: pgd(network, x, y, steps=0), "steps at least 1"),
+        (
+            lambda: train_bottleneck(
+                network, lambda x, y: (network(x) - y).square().mean(), x, y, validation=(x, y[:, 0]), epochs=1
+            ),
+            "of the shape of",
+        ),
+        (lambda: fitted.information_plane(diabetes[0], diabetes[1][:9]), "of each of 442 samples"),
+        (lambda: fitted.information_plane(diabetes[0], np.nan * diabetes[1]), "y contains NaN"),
         *(
             (lambda given=given: CauchySchwarzBottleneckRegressor(**given).fit(*diabetes), words)
             for given, words in (
-                ({"bottleneck": 0}, "bottleneck is at least 1"),
-                ({"hidden": (4, 0)}, "sizes of at least 1"),
+                ({"bottleneck": 0}, "bottleneck is a whole number of at least 1"),
+                ({"epochs": 2.5}, "epochs is a whole number"),
+                ({"hidden": (4, 0)}, "whole numbers of at least 1"),
                 ({"lr": 0}, "lr is above 0"),
                 ({"validation_fraction": 1.0}, "below 1"),
                 ({"beta": -1}, "beta is"),

@@ -1,4 +1,4 @@
-"""Streaming what a layer gives."""
+"""Streaming what a layer gives, and what is taken for features and classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from paperworks.representation import layer_features
+from paperworks.representation import layer_features, layers_features
+from paperworks.representation.features import as_classes, as_matrix
 
 
 def model():
@@ -53,3 +54,69 @@ def test_bad_layers_are_one_sentence():
         next(layer_features(Pair(), x, "unused"))
     with pytest.raises(TypeError, match="is a tuple, not a tensor"):
         next(layer_features(Pair(), x, "lstm"))
+    with pytest.raises(TypeError, match="got dict: let the loader give"):
+        next(layer_features(Pair(), [{"x": x[0]}], "lstm"))
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    with pytest.raises(TypeError, match="is a single number"):
+        next(layer_features(nn.Sequential(Mean()), x, "0"))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_what_is_changed_in_place_is_told_as_it_was(side):
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    (features, _), *_ = layer_features(net, [x], "0" if side == "output" else "1", side=side)
+    assert torch.equal(features, net[0](x)) and bool((features < 0).any())
+
+
+def test_each_module_keeps_its_own_mode_between_batches_and_after():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    net[1].eval()
+    reader = layers_features(net, [torch.randn(4, 3)] * 2, ["2"])
+    for _ in range(2):
+        next(reader)
+        assert [module.training for module in net.modules()] == [True, True, False, True]
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    reader.close()
+    assert [module.training for module in net.modules()] == [True, True, False, True]
+
+
+def test_a_probe_can_be_trained_on_features():
+    (features, _), *_ = layer_features(nn.Linear(3, 2), [torch.randn(4, 3)], "")
+    probe = nn.Linear(2, 1)
+    probe(features).sum().backward()
+    assert probe.weight.grad is not None and not features.requires_grad
+
+
+def test_keywords_one_number_a_sample_and_longer_batches():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x):
+            return self.layer(input=x.sum(1))
+
+    x, y = torch.ones(4, 3), torch.arange(4)
+    features, labels = next(layer_features(Keywords(), [(x, y, "more")], "layer", side="input"))
+    assert features.tolist() == [[3.0]] * 4 and labels is y
+    assert next(layer_features(Keywords(), [(x,)], "layer"))[1] is None
+
+
+def test_odd_numbers_are_one_sentence():
+    assert as_matrix([[1, 2], [3, 4]], "X").dtype == torch.float64
+    for values, error, words in (
+        ([["a", "b"]], TypeError, "X is list: give real numbers"),
+        (None, TypeError, "X is NoneType"),
+        (torch.ones(2), ValueError, r"X has shape \(2,\)"),
+        (torch.tensor([[float("inf")]]), ValueError, "X holds NaN or infinity"),
+    ):
+        with pytest.raises(error, match=words):
+            as_matrix(values, "X")
+    assert as_classes([0, 2], 2).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="got list"):
+        as_classes(["a", "b"], 2)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
 
 from paperworks.representation import central_path, implied_beta, near_collapse, orthogonal_collapse
 
@@ -141,17 +144,33 @@ def test_7_rotating_the_features_rotates_the_result(given):
 def test_bad_input_is_one_clear_sentence(given):
     H0, y = given
     for features, labels, options, words in (
-        (H0, y[:5], {}, "N whole numbers"),
+        (H0, y[:5], {}, "12 whole numbers"),
+        (H0, y - 1, {}, "from 0, got -1"),
+        (H0, y == 1, {}, "12 whole numbers"),
+        (H0, F.one_hot(y), {}, r"argmax\(1\)"),
         (H0 * float("nan"), y, {}, "NaN"),
         (H0, torch.tensor([0] * 8 + [1] * 4), {}, "of one size"),
         (H0, y * 0, {}, "two or more classes"),
         (H0, y, {"lam_w": 0.0}, "lam_w is above 0"),
+        (H0, y, {"lam_w": math.inf}, "lam_w is above 0"),
+        (H0, y, {"lam_h": math.nan}, "lam_h at least 0"),
         (H0, y, {"beta": -1.0}, "beta is a number"),
+        (H0, y, {"max_rounds": 0}, "max_rounds is at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             near_collapse(features, labels, **{**LAMBDAS, "beta": 1.0, **options})
-    with pytest.raises(ValueError, match="as many dimensions"):
-        orthogonal_collapse(3, 4, 2, **LAMBDAS)
+    for sizes in ((3, 4, 2), (1, 4, 2), (3, 0, 7)):
+        with pytest.raises(ValueError, match="as many dimensions"):
+            orthogonal_collapse(*sizes, **LAMBDAS)
+    with pytest.raises(ValueError, match="product below 1"):
+        orthogonal_collapse(3, 4, 7, lam_w=2.0, lam_h=0.6)
+    with pytest.raises(TypeError, match="features is list: give real numbers"):
+        near_collapse([["a"]], [0], **LAMBDAS, beta=1.0)
+    at = near_collapse(H0, y, **LAMBDAS, beta=1.0)
+    with pytest.raises(ValueError, match=r"is \(12, 7\), got \(7, 12\)"):
+        at.perturbation(H0.T)
+    with pytest.raises(ValueError, match="with beta = 0"):
+        _ = near_collapse(H0, y, **LAMBDAS, beta=0.0).perturbation
     with pytest.raises(ValueError, match="step is above 0"):
         central_path(H0, y, **LAMBDAS, step=0)
 
@@ -166,3 +185,61 @@ def test_implied_beta_is_the_one_that_the_solver_was_given(given, beta):
 def test_implied_beta_of_what_no_beta_leaves_is_one_sentence(given, wanted):
     with pytest.raises(ValueError, match="no beta from 1e-8 to 1e4 leaves a variability of"):
         implied_beta(*given, wanted, **LAMBDAS)
+
+
+@pytest.mark.parametrize("offset, scale", [(1e5, 1.0), (1e5, 1e3), (0.0, 1e3), (1e3, 1e-3)])
+def test_implied_beta_of_features_far_from_zero_or_of_other_scales(given, offset, scale):
+    H0, y = scale * given[0] + offset, given[1]
+    left = near_collapse(H0, y, **LAMBDAS, beta=2.0).variability_after
+    assert implied_beta(H0, y, left, **LAMBDAS) == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("offset, scale", [(0.0, 1.0), (1e5, 1.0), (1e3, 1e-3), (0.0, 1e3)])
+def test_solver_ends_where_both_slopes_vanish(given, offset, scale):
+    H0, y = scale * given[0] + offset, given[1]
+    at, Y = near_collapse(H0, y, **LAMBDAS, beta=1.0), F.one_hot(y).double()
+    H, W = at.features, at.weight
+    # Ridge regression by least squares on rows added to the features, which squares nothing.
+    ridge = torch.cat([H, math.sqrt(4 * 0.3) * torch.eye(7, dtype=torch.float64)])
+    best = torch.linalg.lstsq(ridge, torch.cat([Y, torch.zeros(7, 3, dtype=torch.float64)]), driver="gelsd").solution
+    assert torch.allclose(W, best.T, rtol=1e-7, atol=1e-9 * float(W.abs().max()))
+    slope = (H @ W.T - Y) @ W + 0.2 * H + (H - H0)
+    assert float(slope.norm()) < 1e-8 * float((H - H.mean(0)).norm() * (1 + W.norm() ** 2))
+
+
+def test_rounds_that_are_not_enough_are_told(given):
+    with pytest.warns(ConvergenceWarning, match="after 3 rounds the features still change by"):
+        near_collapse(*given, **LAMBDAS, beta=0.1, max_rounds=3)
+
+
+def test_central_path_refuses_a_step_that_overshoots(given):
+    H0, y = 0.05 * given[0], given[1]
+    with pytest.raises(ValueError, match="overshoots on this path: take one below"):
+        central_path(H0, y, lam_w=0.001, lam_h=0.2, step=0.5, steps=300)
+    within, between = central_path(H0, y, lam_w=0.001, lam_h=0.2, step=0.002, steps=300).T
+    assert ((within / between).diff() < 0).all()
+
+
+def test_arrays_data_frames_and_other_dtypes_are_taken(given):
+    H0, y = given
+    expected = near_collapse(H0, y, **LAMBDAS, beta=1.0)
+    for features, labels in (
+        (H0.numpy(), y.to(torch.uint8)),
+        (pd.DataFrame(H0.numpy()), pd.Series(y.numpy())),
+        (H0, y.int().numpy()),
+    ):
+        found = near_collapse(features, labels, **LAMBDAS, beta=1.0)
+        assert torch.equal(found.features, expected.features)
+        assert torch.allclose(found.perturbation(np.ones((12, 7))), expected.perturbation(torch.ones(12, 7)))
+    for dtype in (torch.float16, torch.bfloat16):
+        half = near_collapse(H0.to(dtype), y, **LAMBDAS, beta=1.0)
+        assert torch.equal(half.features, near_collapse(H0.to(dtype).double(), y, **LAMBDAS, beta=1.0).features)
+
+
+def test_shrink_factors_and_conjugate_gradients_are_those_of_the_dense_map(given):
+    H0, y = given
+    at = near_collapse(H0, y, lam_w=0.3, lam_h=0.2, beta=4.0)
+    assert at.shrink == pytest.approx((4 / (4 + math.sqrt(2 / 3)), 4 / 4.2))
+    change = torch.randn(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    dense = torch.einsum("idje,je->id", at.perturbation.dense(), change)
+    assert torch.allclose(at.perturbation(change), dense, atol=1e-9)

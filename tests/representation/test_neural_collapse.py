@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
 
 from paperworks.representation import NeuralCollapse, frame_geometry, unconstrained_features
 
@@ -150,16 +155,152 @@ def test_5_nothing_depends_on_rotation_scale_order_or_splitting():
 
 def test_5_nc1_equals_its_definition_with_numpys_pseudo_inverse():
     features, labels, _ = noisy(each=7)
+    # Of classes of different sizes, whose mean of all samples is not that of the class means.
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[(labels == 0).nonzero()[:5, 0]] = kept[(labels == 2).nonzero()[:3, 0]] = False
+    features, labels = features[kept], labels[kept]
     means = torch.stack([features[labels == k].mean(0) for k in range(4)])
     within = torch.stack([torch.outer(h - means[y], h - means[y]) for h, y in zip(features, labels, strict=True)]).mean(
         0
     )
     apart = means - features.mean(0)
     between = torch.stack([torch.outer(row, row) for row in apart]).mean(0)
-    import numpy as np
-
     expected = np.trace(within.numpy() @ np.linalg.pinv(between.numpy(), rcond=1e-6)) / 4
-    assert computed(features, labels)["nc1"] == pytest.approx(expected, rel=1e-9)
+    figures = computed(features, labels)
+    assert figures["nc1"] == pytest.approx(expected, rel=1e-9)
+    assert figures["nc1_trace_ratio"] == pytest.approx(float(within.trace() / between.trace()), rel=1e-12)
+
+
+def test_5_frames_are_compared_at_norm_one():
+    # Rows (2, 0) and (0, 1): their Gram matrix diag(4, 1) / sqrt(17) against the identity / sqrt(2).
+    weight = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    means = torch.tensor([[1.0, 0.0], [1.0, 3.0]])
+    labels = torch.arange(2).repeat(2)
+    figures = computed(means[labels] + 0.1 * torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]]), labels, weight)
+    expected = math.hypot(4 / 17**0.5 - 0.5**0.5, 1 / 17**0.5 - 0.5**0.5)
+    assert figures["nc2_of"] == pytest.approx(expected, rel=1e-6)
+    # Centred, two rows are always opposite.
+    assert figures["nc2_etf"] < 1e-9 and figures["nc2_means_etf"] < 1e-9
+    gram = torch.tensor([[1.0, 1.0], [1.0, 10.0]])
+    distance = (gram / gram.norm() - torch.eye(2) / 2**0.5).norm()
+    assert figures["nc2_means_of"] == pytest.approx(float(distance), rel=1e-5)
+    logits, simplex = weight @ means.T, torch.eye(2) - 0.5
+    assert figures["nc3_of"] == pytest.approx(float((logits / logits.norm() - torch.eye(2) / 2**0.5).norm()), rel=1e-5)
+    centred = weight @ (means - means.mean(0)).T
+    assert figures["nc3_etf"] == pytest.approx(
+        float((centred / centred.norm() - simplex / simplex.norm()).norm()), rel=1e-5
+    )
+    own, away = (
+        float((weight / weight.norm() - other / other.norm()).norm()) for other in (means, means - means.mean(0))
+    )
+    assert figures["nc3"] == pytest.approx(min(own, away), rel=1e-5) and abs(own - away) > 0.1
+
+
+def test_nc4_heeds_the_bias():
+    features, labels = torch.tensor([[-1.2], [-0.8], [0.8], [1.2]]), torch.tensor([0, 0, 1, 1])
+    weight = torch.tensor([[-1.0], [1.0]])
+    assert computed(features, labels, weight)["nc4"] == 0
+    assert computed(features, labels, weight, torch.tensor([0.0, 1.7]))["nc4"] == 0.25
+    assert computed(features, labels, weight, torch.tensor([0.0, 3.0]))["nc4"] == 0.5
+
+
+def test_weak_directions_of_the_means_are_kept():
+    labels = torch.arange(4).repeat(500)
+    means = torch.tensor([[0.0, 0], [0, 1], [1e4, 0], [1e4, 1]], dtype=torch.float64)
+    noise = torch.randn(2000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # Noise whose class means are zero: sum of s_i / 4 over the directions, of variances 1e8 / 4 and 1 / 4 between.
+    for k in range(4):
+        noise[labels == k] -= noise[labels == k].mean(0)
+    noise /= noise.square().mean(0).sqrt()
+    for features in (means[labels] + noise, means[labels] + noise + 1e5, 1e-3 * (means[labels] + noise)):
+        assert computed(features, labels)["nc1"] == pytest.approx((1 / 0.25 + 1 / 0.25e8) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_directions_that_rounding_alone_makes_are_left_out(rank):
+    generator = torch.Generator().manual_seed(rank)
+    labels = torch.arange(8).repeat(50)
+    codes = torch.randn(8, rank, dtype=torch.float64, generator=generator)[labels]
+    codes += 0.01 * torch.randn(400, rank, dtype=torch.float64, generator=generator)
+    wide = torch.randn(rank, 32, dtype=torch.float64, generator=generator)
+    exact = computed(codes, labels)["nc1"]
+    narrow = computed(codes @ torch.linalg.qr(wide.T).R.T, labels)["nc1"]
+    assert computed(codes @ wide, labels)["nc1"] == pytest.approx(narrow, rel=1e-9)
+    assert computed(codes.float() @ wide.float() + 3, labels)["nc1"] == pytest.approx(narrow, rel=1e-4)
+    assert computed((codes @ wide).bfloat16(), labels)["nc1"] == pytest.approx(narrow, rel=0.2)
+    assert exact == pytest.approx(narrow, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_features_far_from_zero_lose_no_digits(scale):
+    features, labels, weight = noisy()
+    near = computed(features, labels, weight, parts=3)
+    far = computed(scale * features + 1e5, labels, weight, parts=3)
+    for name in ("nc1", "nc1_trace_ratio", "nc2_means_etf", "nc3_etf"):
+        assert far[name] == pytest.approx(near[name], rel=1e-10 / scale, abs=1e-10 / scale)
+    bias = weight @ torch.full((6,), -1e5, dtype=torch.float64)
+    assert computed(features + 1e5, labels, weight, bias, parts=3)["nc4"] == near["nc4"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_whole_dtype_are_taken(dtype):
+    features, labels, weight = noisy()
+    assert computed(features, labels.to(dtype), weight) == computed(features, labels, weight)
+
+
+def test_data_frames_are_taken():
+    features, labels, _ = noisy()
+    metric = NeuralCollapse(4)
+    metric.update(pd.DataFrame(features.numpy()), pd.Series(labels.numpy()))
+    assert float(metric.compute()["nc1"]) == computed(features, labels)["nc1"]
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (np.array(["a", "b", "c", "d"] * 10), "number the classes from 0"),
+        (nn.functional.one_hot(torch.arange(4).repeat(10)), r"argmax\(1\)"),
+        (torch.tensor([0.0, 1.0, 2.0, torch.nan] * 10), "whole numbers"),
+        (torch.tensor([True, False] * 20), "whole numbers"),
+        (torch.tensor([0, 1, 2, -1] * 10), "from 0, got -1"),
+        (torch.tensor([0, 1, 2, 255] * 10, dtype=torch.uint8), r"within 0\.\.3, got 0\.\.255"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_before_anything_is_counted(labels, words):
+    features, proper, _ = noisy()
+    metric = NeuralCollapse(4)
+    with pytest.raises(ValueError, match=words):
+        metric.update(features, labels)
+    metric.update(features, proper)
+    assert float(metric.compute()["nc1"]) == computed(features, proper)["nc1"]
+
+
+def test_two_classifiers_of_one_collection_keep_their_own_figures():
+    features, labels, weight = noisy()
+    weights = {"good": weight, "bad": weight.roll(1, 0)}
+    collected = MetricCollection({name: NeuralCollapse(4, weight=one) for name, one in weights.items()})
+    collected.update(features[:20], labels[:20])
+    collected.update(features[20:], labels[20:])
+    for metric in collected.values():
+        metric.agree(features)
+    for name, one in weights.items():
+        expected = computed(features, labels, one)
+        assert {key: float(collected[name].compute()[key]) for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_nc4_is_of_the_latest_means():
+    features, labels, weight = noisy()
+    metric = NeuralCollapse(4, weight=weight)
+    metric.update(features, labels)
+    assert metric.compute()["nc4"].isnan()
+    metric.agree(features)
+    assert float(metric.compute()["nc4"]) == computed(features, labels, weight)["nc4"]
+    # Other means: what has been counted beside the earlier ones no longer holds.
+    metric.update(features + torch.arange(6), (labels + 1) % 4)
+    assert metric.compute()["nc4"].isnan()
+    metric.agree(features)
+    near = torch.cdist(features, metric.class_means).argmin(1)
+    assert float(metric.compute()["nc4"]) == float(((features @ weight.T).argmax(1) != near).double().mean())
 
 
 @pytest.mark.parametrize("lam", [0.002, 0.01])
@@ -189,6 +330,19 @@ def test_streams_a_loader_through_a_named_layer():
         NeuralCollapse.from_model(model, batches, "fc")
     with pytest.raises(ValueError, match=r"\(inputs, labels\)"):
         NeuralCollapse.from_model(model, [features.float()], "2")
+    with pytest.raises(TypeError, match="is a generator, which is used up"):
+        NeuralCollapse.from_model(model, (batch for batch in batches), "2")
+
+    class Once:
+        def __init__(self):
+            self.left = batches
+
+        def __iter__(self):
+            self.left, left = [], self.left
+            return iter(left)
+
+    with pytest.raises(ValueError, match="gave 40 samples, and 0 when gone through again"):
+        NeuralCollapse.from_model(model, Once(), "2")
 
 
 def test_each_layer_is_measured_in_one_pass():
@@ -214,8 +368,22 @@ def test_bad_input_is_one_clear_sentence():
     features, labels, weight = noisy()
     with pytest.raises(ValueError, match="at least 2"):
         NeuralCollapse(1)
+    for number in (2.5, "4"):
+        with pytest.raises(ValueError, match="at least 2"):
+            NeuralCollapse(number)
     with pytest.raises(ValueError, match="a classifier of 3 classes"):
         NeuralCollapse(3, weight=weight)
+    for classifier, words in (
+        ({"weight": weight * float("nan")}, "weight holds NaN"),
+        ({"weight": weight, "bias": torch.zeros(3)}, r"bias is \(4,\)"),
+        ({"bias": torch.zeros(4)}, "belongs to a classifier"),
+        ({"weight": [torch.zeros(5, 6), weight]}, "does not follow one with 5 outputs"),
+        ({"weight": []}, "has no layers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            NeuralCollapse(4, **classifier)
+    with pytest.raises(TypeError, match="real numbers"):
+        NeuralCollapse(4).update(features * 1j, labels)
     metric = NeuralCollapse(4, weight=weight)
     with pytest.raises(ValueError, match="NaN"):
         metric.update(features * float("nan"), labels)
@@ -226,8 +394,14 @@ def test_bad_input_is_one_clear_sentence():
     with pytest.raises(ValueError, match="6 numbers each"):
         metric.update(features[:, :5], labels)
     with pytest.raises(ValueError, match="are the same"):
-        metric.update(torch.ones(8, 6), torch.arange(4).repeat(2))
+        metric.update(torch.full((8, 6), 0.1), torch.arange(4).repeat(2))
         metric.compute()
+    metric.reset()
+    metric.update(features[:20], labels[:20] * 0 + 1)
+    with pytest.raises(ValueError, match="no sample of class 0, 2, 3 was seen"):
+        metric.compute()
+    with pytest.raises(ValueError, match="no sample of class 0, 2, 3 was seen"):
+        metric.agree(features)
     metric.reset()
     metric.update(features[:4], labels[:4])
     with pytest.raises(ValueError, match="single sample"):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from torch import nn
+from torchmetrics import MetricCollection
 
 from paperworks.representation.posterior_collapse import (
     LinearCVAE,
@@ -241,6 +245,186 @@ def test_hvae_with_fewer_variables_above(sigma2):
     assert exact(solution, model, names, S) == pytest.approx(loss, abs=1e-7)
 
 
+def loss_of(solution, model, S):
+    return exact(solution, model, {name: name for name in ("U1", "U2", "W1", "W2")}, S)
+
+
+def test_hvae_at_the_edge_of_its_threshold_is_still_used():
+    S = torch.diag(torch.tensor([4.0, 2.0]))
+    solution = linear_hvae_solution(S, 2, 2, sigma1=1.0, moments=True)
+    for values in (solution.encoder, solution.top_decoder):
+        assert values.tolist() == pytest.approx([3**0.5, 1.0], rel=1e-12)
+    assert solution.n_collapsed == 0 and solution.rank == 2
+    assert loss_of(solution, LinearHVAE2(2, 2, 2, sigma1=1.0), S) == pytest.approx(8.0794, abs=1e-4)
+
+
+# Sizes; beta1, beta2, eta_enc, eta_dec, sigma1, sigma2; those of None, None are at the edge, sigma1^2 = beta2 s^2 / beta1.
+HVAES = [
+    ((2, 2, 2), (1.0, 1.0, 1.0, 0.7, 0.7, None)),
+    ((3, 3, 2), (2.0, 0.5, 0.8, 1.0, 0.5, None)),
+    ((2, 3, 3), (0.5, 2.0, 1.5, 0.7, 1.4, None)),
+    ((3, 2, 3), (1.0, 1.0, 0.8, 0.4, 0.3, 0.6)),
+    ((2, 2, 2), (1.5, 0.7, 1.0, 1.0, (0.7 / 1.5) ** 0.5 * 0.6, 0.6)),
+    ((3, 4, 2), (2.0, 0.6, 1.5, 1.3, 0.5, 0.3)),
+    ((3, 3, 3), (0.6, 1.8, 1.0, 0.7, 0.5, 1.0)),
+    ((2, 2, 1), (1.7, 1.1, 0.8, 0.7, 1.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize("sizes, values", HVAES)
+def test_hvae_is_no_worse_than_random_restarts(sizes, values):
+    options = dict(zip(("beta1", "beta2", "eta_enc", "eta_dec", "sigma1", "sigma2"), values, strict=True))
+    S = moment(torch.tensor([2.1, 1.1, 0.4], dtype=torch.float64)[: sizes[0]])
+    found = min(LinearHVAE2(*sizes, generator=seeded(seed), **options).fit(S, 1000) for seed in range(4))
+    solution = linear_hvae_solution(S, *sizes[1:], moments=True, **options)
+    assert loss_of(solution, LinearHVAE2(*sizes, **options), S) == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_single_precision_cuts_no_spectrum(sigma):
+    variances = torch.tensor([1e4, 4e-4, 1e-6], dtype=torch.float64)
+    S = torch.diag(variances).float()
+    solution = linear_vae_solution(S, 3, eta_dec=1e-2, sigma=sigma, moments=True)
+    close(solution.spectrum, variances, 1e-9)
+    two = linear_hvae_solution(S, 3, 3, eta_dec=1e-2, sigma1=1e-2, moments=True)
+    close(two.spectrum, variances, 1e-9)
+    if sigma is None:
+        assert solution.decoder.tolist() == pytest.approx([(1e4 - 1e-4) ** 0.5, (4e-4 - 1e-4) ** 0.5, 0.0], rel=1e-6)
+        assert solution.n_collapsed == 1
+    X = data(torch.diag(variances))
+    close(linear_vae_solution(X.float(), 3, eta_dec=1e-2).spectrum[1:], variances[1:], 1e-8)
+    y = torch.cat([X, X[:, :1] * 1e-3], 1).float()
+    assert linear_cvae_solution(torch.zeros(len(X), 1), y, 4, eta_dec=1e-2).n_collapsed == 2
+
+
+def test_columns_of_very_different_scales_keep_their_digits():
+    scales = torch.tensor([1e3, 1.0, 1e-3], dtype=torch.float64)
+    X = math.sqrt(64) * torch.linalg.qr(torch.randn(64, 3, generator=seeded(), dtype=torch.float64)).Q * scales
+    for solution in (
+        linear_vae_solution(X, 3, eta_dec=1e-4),
+        linear_cvae_solution(torch.ones(64, 1) * 0, X, 3, eta_dec=1e-4),
+    ):
+        torch.testing.assert_close(solution.spectrum, scales**2, rtol=1e-9, atol=0)
+    # A condition that is the output leaves nothing, whatever its scale and offset.
+    shifted = X + 1e5
+    solution = linear_cvae_solution(shifted, shifted, 3, eta_dec=1e-6)
+    assert solution.n_collapsed == 3 and not solution.spectrum.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_rounded_in_the_data_alone(dtype):
+    X = (300 * data(moment())).to(dtype)
+    x, y = X[:, :2], X[:, 2:]
+    for half, full in (
+        (linear_vae_solution(X, 4), linear_vae_solution(X.double(), 4)),
+        (linear_cvae_solution(x, y, 2), linear_cvae_solution(x.double(), y.double(), 2)),
+        (linear_hvae_solution(X, 3, 2), linear_hvae_solution(X.double(), 3, 2)),
+    ):
+        assert torch.equal(half.kl, full.kl) and torch.equal(half.spectrum, full.spectrum)
+    vae = LinearVAE(4, 2, generator=seeded())
+    assert torch.equal(vae.loss(X, generator=seeded(1)), vae.loss(X.double(), generator=seeded(1)))
+    two = LinearHVAE2(4, 2, 2, generator=seeded())
+    assert torch.equal(two.loss(X, generator=seeded(1)), two.loss(X.double(), generator=seeded(1)))
+    assert torch.equal(two.encode(X)[0], two.encode(X.double())[0])
+
+
+def test_data_frames_lists_and_numpys_whole_numbers_are_taken():
+    X = data(moment())
+    for other in (X.numpy(), pd.DataFrame(X.numpy()), X.tolist()):
+        assert torch.equal(linear_vae_solution(other, np.int64(3)).kl, linear_vae_solution(X, 3).kl)
+    meter = PosteriorCollapse(np.int64(2))
+    meter.update(np.zeros((3, 2)), np.ones((3, 2)))
+    assert meter.compute().active_units == 0
+
+
+def test_a_sure_encoder_in_half_precision_has_not_collapsed():
+    encoder = nn.Linear(2, 2).half()
+    with torch.no_grad():
+        encoder.weight.zero_()
+
+    def encode(x):
+        return encoder(x.half()), torch.full((len(x), 2), -20.0, dtype=torch.float16)
+
+    report = PosteriorCollapse.from_encoder(encode, [torch.ones(5, 2)]).compute()
+    assert report.active_units == 1 and (report.kl > 9).all()
+
+
+def test_an_encoder_keeps_its_modes_and_its_devices_batches():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(2), nn.Dropout(0.5)
+
+        def encode(self, x):
+            assert not self.training and not self.norm.training
+            return self.drop(self.norm(x)), torch.zeros_like(x)
+
+    encoder = Encoder().train()
+    encoder.norm.eval()
+    PosteriorCollapse.from_encoder(encoder.encode, [torch.ones(5, 2)])
+    assert [module.training for module in encoder.modules()] == [True, False, True]
+    with pytest.raises(TypeError, match="gives a Tensor: two tensors, means and log-variances"):
+        PosteriorCollapse.from_encoder(lambda x: x, [torch.ones(5, 2)])
+
+
+def test_a_unit_is_active_from_a_hundredth_of_a_nat():
+    # Divergences of 0.009, 0.011 and 0.09: mu^2 / 2 where the variance is the prior's.
+    mu = torch.tensor([0.009, 0.011, 0.09]).mul(2).sqrt().expand(8, 3)
+    meter = PosteriorCollapse(3)
+    meter.update(mu, torch.ones(8, 3))
+    report = meter.compute()
+    assert report.active_units == pytest.approx(2 / 3)
+    assert report.collapsed().tolist() == [True, False, False] and report.collapsed(0.1).all()
+    assert report.epsilons.tolist() == pytest.approx([0.01, *(0.1 * number for number in range(1, 61))])
+
+
+def test_two_meters_of_one_collection_keep_their_own_levels():
+    collected = MetricCollection({f"at {level}": PosteriorCollapse(1, epsilons=[level]) for level in (1, 2)})
+    for mean in (9.0, 1.7):
+        collected.update(torch.full((4, 1), mean), torch.ones(4, 1))
+    told = collected.compute()
+    assert told["at 1"].below[1].tolist() == [0.0] and told["at 2"].below[1].tolist() == [0.5]
+
+
+def test_meter_and_closed_form_take_the_priors_scale():
+    meter = PosteriorCollapse(1, prior_std=2.0)
+    meter.update(torch.full((3, 1), 1.0), torch.full((3, 1), 0.5))
+    ratio = 0.5 / 4
+    assert meter.compute().kl[0] == pytest.approx(0.5 * (1 / 4 + ratio - math.log(ratio) - 1))
+    # Whatever the prior's scale, the divergence of a linear VAE is the same.
+    one, other = (linear_vae_solution(moment(), 4, eta_enc=eta, moments=True) for eta in (0.5, 3.0))
+    close(one.kl, other.kl, 1e-12)
+    close(one.posterior_std / 0.5, other.posterior_std / 3.0, 1e-12)
+
+
+def test_sizes_and_spectra_out_of_range_are_one_sentence():
+    S = moment()
+    for call, words in [
+        (lambda: linear_vae_solution(torch.diag(torch.tensor([1.0, -0.5])), 1, moments=True), "the eigenvalue -0.5"),
+        (lambda: linear_vae_solution(S, 2.5, moments=True), "d is 2.5"),
+        (lambda: linear_vae_solution(S, 4, sigma=[0.1, 0.2], moments=True), "one for each of 4"),
+        (lambda: LinearVAE(4, 2, sigma=0.0), "sigma is 0"),
+        (lambda: LinearHVAE2(4, 2, 2, sigma2=0.0), "sigma2 is 0"),
+        (lambda: LinearHVAE2(0, 2, 2), "dim is 0"),
+        (lambda: LinearCVAE(-1, 2, 2), "x_dim is -1"),
+        (lambda: LinearVAE(4, 2).fit(S[:3, :3]), r"has shape \(3, 3\): give \(4, 4\)"),
+        (lambda: LinearHVAE2(4, 2, 2).exact_loss(S[:3, :3]), r"has shape \(3, 3\): give \(4, 4\)"),
+        (lambda: LinearVAE(4, 2).loss(torch.ones(5, 3)), r"the model takes \(n, 4\) given \(n, 0\)"),
+        (lambda: LinearCVAE(2, 4, 2).loss(torch.ones(5, 4)), r"the model takes \(n, 4\) given \(n, 2\)"),
+        (lambda: LinearHVAE2(4, 2, 2).loss(torch.ones(5, 3)), r"the model takes \(n, 4\)"),
+        (lambda: PosteriorCollapse(2).update(torch.ones(3), torch.ones(3)), "give both"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+    for call in (
+        lambda: linear_vae_solution([["a"]], 1),
+        lambda: linear_vae_solution(S, 4, sigma="wide", moments=True),
+        lambda: PosteriorCollapse(2).update("mu", "var"),
+    ):
+        with pytest.raises(TypeError, match="give real numbers"):
+            call()
+
+
 def test_meter_of_the_prior_and_of_sharp_posteriors():
     meter = PosteriorCollapse(3, prior_std=2.0)
     meter.update(torch.zeros(10, 3), torch.full((10, 3), 4.0))
@@ -355,5 +539,7 @@ def test_reports_say_and_draw_what_was_found():
         report.collapsed(0.123)
     solution = linear_vae_solution(moment(), 4, eta_dec=3.0, moments=True)
     assert "4 of 4" in report.advise() and f"beta below {0.69**2 / 9:.3g}" in report.advise(solution)
+    nothing = linear_vae_solution(torch.zeros(3, 2), 2)
+    assert report.advise(nothing).endswith("finds nothing that the variables could code in such data.")
     for figure in (report.plot(), solution.plot()):
         assert len(figure.axes) == 2

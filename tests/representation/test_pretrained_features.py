@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal, norm, ortho_group
+from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from paperworks.representation import (
@@ -178,7 +183,7 @@ def test_5_one_component_is_the_majority_class(random):
 
 def test_5_too_few_labels_are_an_error_or_ridge(random):
     X, y = factors(random, 60, random.normal(size=(9, 4)), np.ones(4))
-    with pytest.raises(ValueError, match="4 labelled samples do not determine least squares on 4 features"):
+    with pytest.raises(ValueError, match="least squares on 4 features is not determined by n_samples=4"):
         PretrainedFeatures(FactorModel(4)).fit(X[:4], y[:4], X_unlabeled=X)
     assert PretrainedFeatures(FactorModel(4)).fit(X[:5], y[:5], X_unlabeled=X).predict(X).shape == (60,)
     assert np.isfinite(PretrainedFeatures(FactorModel(4), Ridge()).fit(X[:3], y[:3], X_unlabeled=X).predict(X)).all()
@@ -327,10 +332,13 @@ def test_factor_divergences_are_those_of_the_joint_and_marginal_gaussians(random
     assert found == pytest.approx((least, kl(one.mean_ - true.mean_, *covariances)), rel=1e-6)
 
 
-def test_mixture_divergences_are_those_of_brute_force(random):
+@pytest.mark.parametrize("near", [1.0, 1e-4])
+def test_mixture_divergences_are_those_of_brute_force(near):
     one, true = MixtureModel(3), MixtureModel(3)
-    one.means_, one.weights_, one.variance_ = np.array([[2.0], [-1.8], [0.3]]), np.array([0.2, 0.5, 0.3]), 0.5
     true.means_, true.weights_, true.variance_ = np.array([[-2.0], [0.0], [2.1]]), np.array([0.4, 0.4, 0.2]), 0.6
+    order = [2, 0, 1]
+    one.means_ = (true.means_ + near * np.array([[0.2], [0.3], [-0.1]]))[order]
+    one.weights_, one.variance_ = (true.weights_ + near * np.array([0.1, -0.1, 0]))[order], 0.6 - near * 0.1
     grid = np.linspace(-12, 12, 20_001)
     p, q = (model.weights_[:, None] * norm(model.means_, math.sqrt(model.variance_)).pdf(grid) for model in (one, true))
     step = grid[1] - grid[0]
@@ -408,6 +416,195 @@ def test_save_and_load_give_the_same_predictions(random, tmp_path, kind):
     )
 
 
+def test_a_folder_without_a_part_or_damaged_is_refused(random, tmp_path):
+    X = random.normal(size=(20, 3))
+    PretrainedFeatures(FactorModel(2)).fit(X, X[:, 0]).save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    for missing in arrays:
+        save_file({name: value for name, value in arrays.items() if name != missing}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"damaged one: '{missing}'"):
+            PretrainedFeatures.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"noise")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="holds no saved PretrainedFeatures"):
+            PretrainedFeatures.from_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@parametrize_with_checks([
+    FactorModel(1),
+    MixtureModel(2, n_init=1, random_state=0),
+    PretrainedFeatures(PCA()),
+    PretrainedFeatures(FactorModel(1), Ridge()),
+    # With so small a variance the likeliest component has all of the responsibility, so both ways to predict agree.
+    PretrainedFeatures(MixtureModel(8, variance=0.01, n_init=1, random_state=0)),
+], expected_failed_checks=lambda estimator: {
+    "check_regressors_train": "one factor does not tell a target of ten features",
+} if "FactorModel" in str(estimator) else {})  # fmt: skip
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+def test_columns_in_another_order_are_refused_by_every_estimator(random):
+    pd = pytest.importorskip("pandas")
+    X, y = clusters(random, 60, 3 * random.normal(size=(4, 3)))
+    frame = pd.DataFrame(X, columns=["a", "b", "c"])
+    moved = frame[["b", "a", "c"]]
+    mixture = MixtureModel(4, random_state=0).fit(frame)
+    shares = pd.DataFrame(mixture.transform(frame), columns=list("pqrs"))
+    contrastive = ContrastiveModel(2, random_state=0).fit((frame, frame[::-1], y == "odd"))
+    pretrained = PretrainedFeatures(FactorModel(2)).fit(frame, X[:, 0])
+    frozen = PretrainedFeatures(FrozenEstimator(FactorModel(2).fit(frame)))
+    report = compare_pretraining(frame, X[:, 0], [FactorModel(2)], folds=2, repeats=1, random_state=0)
+    table = ComponentTable().fit(shares, y)
+    uses = [
+        FactorModel(2).fit(frame).transform, FactorModel(2).fit(frame).score, mixture.transform, mixture.score_samples,
+        contrastive.transform, lambda X: contrastive.score((frame, X, y == "odd")), pretrained.predict,
+        lambda X: pretrained.score(X, X["a"]), pretrained.transform, frozen.fit(frame, X[:, 0]).predict,
+        lambda X: frozen.fit(X, X["a"]),
+        lambda X: PretrainedFeatures(FactorModel(2)).fit(frame, y == "odd", X_unlabeled=X),
+        lambda X: PretrainedFeatures(ContrastiveModel(2)).fit(frame, frame["a"], pairs=(frame, X, y == "odd")),
+        lambda X: compare_pretraining(frame, frame["a"], [FactorModel(1)], X_unlabeled=X, folds=2, repeats=1),
+        report.model.transform,
+    ]  # fmt: skip
+    for use in uses:
+        use(frame)
+        with pytest.raises(ValueError, match="feature names"):
+            use(moved)
+    for use in (table.predict, table.predict_proba):
+        use(shares)
+        with pytest.raises(ValueError, match="feature names"):
+            use(shares[list("qprs")])
+
+
+def test_names_of_columns_are_saved(random, tmp_path):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(random.normal(size=(30, 3)), columns=["a", "b", "c"])
+    for model in (FactorModel(2), FrozenEstimator(FactorModel(2).fit(frame))):
+        fitted = PretrainedFeatures(model).fit(frame, frame["a"])
+        fitted.save_pretrained(tmp_path)
+        loaded = PretrainedFeatures.from_pretrained(tmp_path)
+        assert np.array_equal(loaded.predict(frame), fitted.predict(frame))
+        with pytest.raises(ValueError, match="feature names"):
+            loaded.predict(frame[["c", "a", "b"]])
+
+
+def test_missing_labels_are_no_class(random):
+    pd = pytest.importorskip("pandas")
+    X = random.normal(size=(8, 2))
+    full = ["a", "b", "a", "b", "a", "b"]
+    for gap in (None, np.nan, float("nan")):
+        for labels in ([*full, "a", gap], [gap, *full, "a"], np.array([*full, "a", gap], dtype=object)):
+            with pytest.raises(ValueError, match="NaN"):
+                PretrainedFeatures(MixtureModel(2, random_state=0)).fit(X, labels)
+            with pytest.raises(ValueError, match="NaN"):
+                ComponentTable().fit(np.eye(2)[[0, 1] * 4], labels)
+    for labels in (
+        pd.Series([*full, "a", pd.NA], dtype="string"),
+        pd.Series([1, 0, 1, 0, 1, 0, 1, pd.NA], dtype="Int64"),
+    ):
+        with pytest.raises(ValueError, match="NaN"):
+            PretrainedFeatures(PCA(1), LogisticRegression()).fit(X, labels)
+        with pytest.raises(ValueError, match="NaN"):
+            compare_pretraining(X, labels, [MixtureModel(2)])
+    with pytest.raises(ValueError, match="NaN"):
+        PretrainedFeatures(FactorModel(1)).fit(X, [1.0] * 7 + [np.nan])
+    for labels in ([*full, "nan", "nan"], [0, 1] * 4, [True, False] * 4):
+        assert len(PretrainedFeatures(MixtureModel(2, random_state=0)).fit(X, labels).classes_) == len(set(labels))
+
+
+def test_component_table_refuses_what_are_no_responsibilities(random):
+    X, y = clusters(random, 40, 3 * random.normal(size=(4, 3)))
+    with pytest.raises(ValueError, match="at least 0 and add up to 1"):
+        PretrainedFeatures(KMeans(4, random_state=0), ComponentTable()).fit(X, y)
+    table = ComponentTable().fit(np.eye(2)[[0, 1]], ["a", "b"])
+    for use in (table.predict, table.predict_proba):
+        with pytest.raises(ValueError, match="at least 0 and add up to 1"):
+            use(np.ones((3, 2)))
+    assert np.array_equal(table.predict_proba(np.array([[0.25, 0.75]], dtype=np.float16)), [[0.25, 0.75]])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-4, 0.0), (1e4, 0.0), (1.0, 1e5), (0.25, 100.0)])
+def test_fits_are_those_of_the_exact_numbers_at_any_scale(random, dtype, scale, offset):
+    """Against the same samples, as they are in the dtype, brought near 0 and to one size beforehand."""
+    X, y = clusters(random, 120, 4 * random.normal(size=(3, 4)))
+    with np.errstate(over="ignore"):
+        far = (scale * X + offset).astype(dtype)
+    if not np.isfinite(far).all() or (dtype == np.float16 and scale < 1e-3):
+        return
+    near = (far.astype(np.float64) - offset) / scale
+    for model in (FactorModel(2), MixtureModel(3, random_state=0)):
+        found, expected = model.fit(far).transform(far), model.fit(near).transform(near)
+        assert np.allclose(np.abs(found), np.abs(expected), atol=1e-6)
+        predictor = None if isinstance(model, MixtureModel) else LogisticRegression(C=1e6, max_iter=1000)
+        fitted = PretrainedFeatures(model, predictor)
+        assert (fitted.fit(far, y).predict(far) == fitted.fit(near, y).predict(near)).all()
+    if not offset:
+        pairs = (near, near[::-1], y == "odd")
+        moved = (far, far[::-1], y == "odd")
+        theta, expected = (ContrastiveModel(2, random_state=0).fit(one).theta_ for one in (moved, pairs))
+        assert np.allclose(scale * theta, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_quiet_noise_beside_a_loud_signal_is_kept(random):
+    """In the covariance of 1e16 and 1e-6 the noise would be less than rounding."""
+    noise = 1e-6 * random.normal(size=(400, 5))
+    X = noise + 1e4 * random.normal(size=(400, 1)) * np.array([1, 2, 0, 1, -1.0])
+    basis = ortho_group(5, seed=0).rvs()
+    found = FactorModel(1).fit(X @ basis).noise_variance_
+    assert found == pytest.approx(1e-12, rel=0.1)
+
+
+def test_columns_of_very_different_means_do_not_end_the_mixture(random):
+    """What counts as no variance goes by the columns' own spread, not by how far the columns are apart."""
+    X, _ = clusters(random, 90, 3 * random.normal(size=(3, 2)))
+    plain, shifted = (MixtureModel(3, random_state=0).fit(X + shift) for shift in ([0, 0], [0, 1e8]))
+    assert shifted.variance_ == pytest.approx(plain.variance_, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:the likeliest start")
+def test_mixture_counts_its_rounds_and_says_when_they_do_not_suffice(random):
+    X, _ = clusters(random, 200, random.normal(size=(4, 2)))
+    with pytest.warns(ConvergenceWarning, match="max_iter=3"):
+        short = MixtureModel(4, max_iter=3, n_init=1, random_state=0).fit(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = MixtureModel(4, max_iter=5000, n_init=1, random_state=0).fit(X)
+        exact = MixtureModel(4, max_iter=full.n_iter_, n_init=1, random_state=0).fit(X)
+    assert short.n_iter_ == 3 < full.n_iter_ < 5000 and np.array_equal(exact.means_, full.means_)
+    likelihoods = [
+        MixtureModel(4, max_iter=rounds, tol=-1, n_init=1, random_state=0).fit(X).score(X) for rounds in (1, 2, 3)
+    ]
+    assert likelihoods == sorted(likelihoods) and short.score(X) == likelihoods[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_worked_out_in_float32(random, dtype):
+    theta = random.normal(size=(2, 4))
+    x, other, similar = compared(random, 300, theta)
+    embedded = [torch.tensor(100 * one @ theta.T, dtype=dtype) for one in (x, other)]
+    loss = contrastive_loss(*embedded, torch.tensor(similar))
+    expected = contrastive_loss(*(one.double() for one in embedded), torch.tensor(similar))
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(expected), rel=1e-5)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    model = ContrastiveModel(2, encoder=encoder, max_iter=60).fit((x, other, similar))
+    assert next(encoder.parameters()).dtype == dtype and next(model.encoder_.parameters()).dtype == torch.float32
+    same = ContrastiveModel(2, encoder=clone(encoder, safe=False).float(), max_iter=60).fit((x, other, similar))
+    assert np.array_equal(model.transform(x), same.transform(x)) and model.score((x, other, similar)) > -math.log(2)
+
+
+def test_dropout_of_an_encoder_does_not_reach_fit_or_features(random):
+    x, other, similar = compared(random, 200, random.normal(size=(2, 4)))
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)).train()
+    model = ContrastiveModel(2, encoder=encoder, max_iter=40).fit((x, other, similar))
+    assert np.array_equal(model.transform(x), model.transform(x)) and encoder.training
+    plain = ContrastiveModel(2, encoder=encoder[:1], max_iter=40).fit((x, other, similar))
+    assert np.array_equal(model.transform(x), plain.transform(x))
+
+
 def test_what_cannot_be_saved_is_refused(random, tmp_path):
     X = random.normal(size=(20, 3))
     with pytest.raises(TypeError, match="cannot be saved"):
@@ -419,29 +616,35 @@ def test_bad_input_is_one_clear_sentence(random):
     pairs = (X, X, np.arange(20) % 2)
     for call, words in (
         (lambda: FactorModel(2).fit(X * np.nan), "NaN"),
-        (lambda: FactorModel(2).fit(np.ones((9, 4))), "all 9 samples are the same"),
-        (lambda: FactorModel(1).fit(X[:1]), "all 1 samples are the same"),
+        (lambda: FactorModel(2).fit(np.ones((9, 4))), "two or more samples that differ, got n_samples=9"),
+        (lambda: FactorModel(1).fit(X[:1]), "two or more samples that differ, got n_samples=1"),
         (lambda: FactorModel(5).fit(X), "n_components is between 1 and 4"),
         (lambda: FactorModel(3).fit(X[:3]), "n_components is between 1 and 2"),
         (lambda: FactorModel(2, noise_variance=-1).fit(X), "noise_variance"),
         (lambda: FactorModel(2).fit(X[:3]).score(X), "leaves no density"),
-        (lambda: FactorModel(2).fit(X).transform(X[:, :3]), "samples have 4 features, got 3"),
+        (lambda: FactorModel(2).fit(X).transform(X[:, :3]), "X has 3 features, but FactorModel is expecting 4"),
         (lambda: MixtureModel(3).fit(np.repeat(X[:3], 4, axis=0)), "more distinct samples, got 3"),
         (lambda: MixtureModel(2, variance=0).fit(X), "variance is above 0"),
         (lambda: MixtureModel(2, n_init=0).fit(X), "at least 1"),
-        (lambda: MixtureModel(2).fit(np.ones((9, 4))), "all 9 samples are the same"),
+        (lambda: MixtureModel(2).fit(np.ones((9, 4))), "two or more samples that differ, got n_samples=9"),
         (lambda: ContrastiveModel(2).fit(X), "pairs"),
         (lambda: ContrastiveModel(2).fit((X, X, np.arange(20))), "s is of 0 and 1"),
-        (lambda: ContrastiveModel(2).fit((X, X[:, :2], pairs[2])), "one shape"),
+        (lambda: ContrastiveModel(2).fit((X, X[:, :2], pairs[2])), "expecting 4 features"),
         (lambda: ContrastiveModel(0).fit(pairs), "at least 1"),
+        (lambda: ContrastiveModel(2, encoder=nn.Tanh()).fit(pairs), "no parameters to fit"),
+        (lambda: ContrastiveModel(2, encoder=nn.Linear(4, 3)).fit(pairs), r"encoder gives \(m, 2\), got \(m, 3\)"),
+        (lambda: ContrastiveModel(2).fit((X, X, [0, 1] * 9 + [0, np.nan])), "s contains NaN"),
+        (lambda: contrastive_loss(torch.ones(3, 2), torch.ones(3, 1), torch.ones(3)), "embeddings are two of"),
+        (lambda: contrastive_loss(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 1)), "embeddings are two of"),
         (lambda: PretrainedFeatures(ContrastiveModel(2)).fit(X, y), "give PretrainedFeatures.fit its pairs"),
         (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y[:5]), "inconsistent numbers of samples"),
-        (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y, X_unlabeled=X[:, :3]), "samples have 4 features"),
+        (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y, X_unlabeled=X[:, :3]), "expecting 4 features"),
         (lambda: PretrainedFeatures(FactorModel(2)).fit(X, y, X_unlabeled=X, pairs=pairs), "not both"),
         (lambda: PretrainedFeatures(FactorModel(2), clip=0).fit(X, y), "clip"),
         (lambda: PretrainedFeatures(MixtureModel(2)).fit(X, ["a"] * 20), "two or more classes"),
         (lambda: compare_pretraining(X, y, []), "models is empty"),
         (lambda: informativeness(FactorModel(2), X, draws=0), "draws"),
+        (lambda: informativeness(FactorModel(4), X, draws=2), "leaves no density"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

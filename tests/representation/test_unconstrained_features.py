@@ -82,3 +82,46 @@ def test_the_same_seed_gives_the_same_minimiser_and_both_plot():
     one, two = (unconstrained_features([6, 3], 3, lam_w=0.01, lam_h=0.01, generator=generator()) for _ in range(2))
     assert torch.equal(one.features, two.features) and one.loss == two.loss and one.bias is None
     assert one.plot().axes and frame_geometry([6, 3], lam_w=0.01, lam_h=0.01).plot().axes
+
+
+@pytest.mark.parametrize(
+    "counts, options, words",
+    [
+        ([4.5, 2], {}, "counts are whole numbers"),
+        ([4, float("nan")], {}, "two class sizes"),
+        ([4, float("inf")], {}, "two class sizes"),
+        ([4, 2], {"lam_w": float("inf")}, "decays are above 0"),
+        ([4, 2], {"lam_h": float("nan")}, "decays are above 0"),
+        ([4, 2], {"depth": 1.5}, "depth is a"),
+    ],
+)
+def test_sizes_and_decays_out_of_range_are_one_sentence(counts, options, words):
+    values = {"lam_w": 0.01, "lam_h": 0.01, **options}
+    with pytest.raises(ValueError, match=words):
+        unconstrained_features(counts, 3, **values)
+    if "whole" not in words:
+        with pytest.raises(ValueError, match=words):
+            frame_geometry(counts, **values)
+
+
+def test_names_for_counts_are_refused():
+    with pytest.raises(TypeError, match="counts is list: give real numbers"):
+        frame_geometry(["a", "b"], lam_w=0.1, lam_h=0.1)
+
+
+def test_a_hundred_layers_are_counted_by_logarithms():
+    counts, lam, depth = [40, 20, 10], 5e-4, 100
+    geometry = frame_geometry(counts, lam_w=lam, lam_h=lam, depth=depth)
+    # |p|^2 = N lam x^M, at which the slope of 1 / (1 + x^M) + b x / n is zero.
+    total, power = 70, geometry.weight_squared / (70 * lam)
+    b = depth * total * lam * (total * lam) ** (1 / depth)
+    slope = b / torch.tensor(counts) - depth * power ** (1 - 1 / depth) / (1 + power) ** 2
+    assert slope.abs().max() < 1e-9 and not geometry.collapsed.any()
+
+
+def test_lengths_and_logits_belong_together():
+    geometry = frame_geometry([40, 20, 10], lam_w=0.004, lam_h=0.009, depth=2)
+    rows, lengths = geometry.weight_squared, geometry.feature_squared
+    assert torch.allclose(lengths, rows / (rows + 70 * 0.009) ** 2, rtol=1e-12)
+    # Row and features of a class point the same way, so that their product is the logit.
+    assert torch.allclose((rows * lengths).sqrt(), geometry.logit, rtol=1e-12)

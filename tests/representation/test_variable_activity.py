@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torchmetrics import MetricCollection
 
 from paperworks.representation.posterior_collapse import LinearVAE, linear_vae_solution
 from paperworks.representation.variable_activity import (
@@ -141,6 +144,110 @@ def test_collapsed_variables_of_a_linear_vae_are_the_passive_ones():
     np.testing.assert_allclose(report.variance_variance, 0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_means_far_from_zero_lose_no_digits(scale, offset):
+    mu = scale * torch.randn(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + offset
+    var = 0.5 + 1e-6 * torch.rand(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    activity = VariableActivity(3)
+    for rows in torch.arange(60).split(13):
+        activity.update(mu[rows], var[rows])
+    report, centred = activity.compute(), (mu - offset).numpy()
+    # What the offset leaves of the numbers themselves.
+    given = 1e-9 + 2 * offset * np.finfo(float).eps / scale
+    np.testing.assert_allclose(report.covariance, np.cov(centred, rowvar=False), rtol=0, atol=3 * given * scale**2)
+    np.testing.assert_allclose(report.variance_variance, (var - 0.5).numpy().var(0), rtol=1e-4)
+    np.testing.assert_allclose(report.mean_variance, var.numpy().mean(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_summed_in_float64(dtype):
+    mu, var = (3 * torch.randn(3000, 2)).to(dtype), (torch.rand(3000, 2) + 0.01).to(dtype)
+    found, expected = VariableActivity(2), VariableActivity(2)
+    found.half().update(mu, var)
+    expected.update(mu.double(), var.double())
+    one, other = found.compute(), expected.compute()
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)) and one.covariance.dtype == np.float64
+    table = [representation_report(*given) for given in ((mu, var), (mu.double().numpy(), var.double().numpy()))]
+    assert table[0] == table[1]
+
+
+def test_a_batch_by_itself_and_metrics_in_a_collection():
+    mu, var = torch.randn(40, 3), constant(0.01, 1.0, 0.5, n=40)
+    both = MetricCollection({"plain": VariableActivity(3), "wide": VariableActivity(3, prior_std=2.0, t_mean=0.2)})
+    reports = both(mu[:30], var[:30])
+    assert reports["plain"].types.tolist() == ["active", "passive", "mixed"]
+    np.testing.assert_allclose(reports["plain"].covariance, np.cov(mu[:30].double().numpy(), rowvar=False))
+    # One sample has no covariance; it counts nevertheless.
+    alone = both(mu[30:31], var[30:31])["plain"]
+    assert np.isnan(alone.covariance).all() and alone.mean_variance.tolist() == [0.01, 1.0, 0.5]
+    both.update(mu[31:], var[31:])
+    both.update(mu[:0], var[:0])
+    copied = pickle.loads(pickle.dumps(both))
+    for collection in (both, copied):
+        found = collection.compute()
+        np.testing.assert_allclose(found["plain"].covariance, np.cov(mu.double().numpy(), rowvar=False))
+        assert found["wide"].types.tolist() == ["active", "mixed", "active"]
+        assert isinstance(found["wide"].plot().axes, list)
+    both.reset()
+    both.update(mu[:5], var[:5])
+    np.testing.assert_allclose(both.compute()["plain"].covariance, np.cov(mu[:5].double().numpy(), rowvar=False))
+
+
+class _AllActive(PassiveFilter):
+    """Variances of 0.01 whatever scikit-learn's checks give for targets."""
+
+    def fit(self, X, y=None):
+        shape = getattr(X, "shape", None) or np.asarray(X).shape
+        return super().fit(X, np.full(shape, 0.01) if len(shape) == 2 and min(shape) else X)
+
+
+@parametrize_with_checks([_AllActive()])
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+def test_columns_in_another_order_are_refused():
+    pd = pytest.importorskip("pandas")
+    mu, var = (pd.DataFrame(one[:, [0, 1, 5]], columns=["a", "b", "c"]) for one in synthetic(n=50))
+    moved = ["c", "a", "b"]
+    fitted = PassiveFilter().fit(mu, var)
+    assert fitted.get_feature_names_out().tolist() == ["a", "b"]
+    for call in (
+        lambda: PassiveFilter().fit(mu, var[moved]),
+        lambda: fitted.transform(mu[moved]),
+        lambda: representation_report(mu, var[moved]),
+    ):
+        with pytest.raises(ValueError, match="feature names"):
+            call()
+    assert representation_report(mu, var) == representation_report(mu.to_numpy(), var.to_numpy())
+
+
+def test_collinear_and_constant_variables():
+    z = np.random.default_rng(0).standard_normal((100, 3))
+    for code in (z[:, [0, 1, 0]], np.c_[z[:, :2], z[:, 0] + z[:, 1]], 1e5 + 1e-3 * z[:, [0, 1, 0]]):
+        with pytest.warns(RuntimeWarning, match="singular"):
+            assert gaussian_total_correlation(np.cov(code, rowvar=False)) == math.inf
+    C = np.cov(z, rowvar=False)
+    with_constant = np.pad(C, ((0, 1), (0, 1)))
+    assert gaussian_total_correlation(with_constant) == pytest.approx(gaussian_total_correlation(C), rel=1e-9)
+    assert gaussian_wasserstein_correlation(with_constant, normalised=True) == pytest.approx(
+        gaussian_wasserstein_correlation(C, normalised=True), rel=1e-6
+    )
+    assert (
+        gaussian_total_correlation(np.zeros((2, 2)))
+        == gaussian_wasserstein_correlation(np.zeros((2, 2)), normalised=True)
+        == 0
+    )
+    # By their correlation, 1e-7 from singular, in any unit.
+    for scale in (1e-8, 1.0, 1e8):
+        near = scale * np.array([[1, 1 - 1e-7], [1 - 1e-7, 1]])
+        assert gaussian_total_correlation(near) == pytest.approx(-0.5 * math.log(2e-7 - 1e-14), rel=1e-6)
+    table = representation_report(np.zeros((20, 3)), np.full((20, 3), 0.05))
+    assert table["full", "mean"] == {"total_correlation": 0, "wasserstein": 0, "mutual_information": pytest.approx(0)}
+    assert table["full", "sampled"]["effective_rank"] > 1
+
+
 def test_bad_input_is_one_sentence():
     good = torch.ones(4, 2)
     for call, words in [
@@ -151,6 +258,14 @@ def test_bad_input_is_one_sentence():
         (lambda: types_of(good[:1]), "at least two"),
         (lambda: PassiveFilter(keep=["busy"]).fit(good, good), "choose among"),
         (lambda: averaged_mutual_information(np.ones((3, 1))), "two columns"),
+        (lambda: averaged_mutual_information(np.full((3, 2), np.nan)), "Z holds NaN"),
+        (lambda: gaussian_total_correlation(np.ones((3, 2))), "covariance matrix"),
+        (lambda: gaussian_total_correlation(np.full((2, 2), np.nan)), "finite numbers"),
+        (lambda: gaussian_wasserstein_correlation([[1, 2], [0, 1]]), "not symmetric"),
+        (lambda: gaussian_wasserstein_correlation([[-1, 0], [0, 1]]), "negative variances"),
+        (lambda: effective_rank(np.zeros((2, 2))), "all zero"),
+        (lambda: VariableActivity(2, prior_std=math.inf), "prior_std"),
+        (lambda: representation_report(np.ones((4, 2)), np.ones((4, 3))), "expecting 2 features"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -327,6 +328,107 @@ def test_saved_encoders_score_as_before(pairs, tmp_path, lipschitz):
         WassersteinDependency.from_pretrained(tmp_path, other, other, critic=ConcatCritic(4, 4).double())
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_exact_measure_holds_in_any_unit_and_at_any_offset(pairs, scale, offset):
+    x, y = (one.float() for one in pairs)
+    far = [(scale * one.double() + offset * scale).to(torch.float64) for one in (x, y)]
+    expected = scale * exact_wasserstein_dependency(x, y)
+    assert exact_wasserstein_dependency(*far) == pytest.approx(expected, rel=1e-6)
+    narrow = [one.float() for one in far]
+    assert exact_wasserstein_dependency(*narrow) == pytest.approx(
+        exact_wasserstein_dependency(*(one.double() for one in narrow)), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("critic", ["bilinear", "concat"])
+@pytest.mark.parametrize("objective", ["info_nce", "dual"])
+def test_half_precision_gives_the_losses_of_its_numbers(pairs, encoders, dtype, critic, objective):
+    torch.manual_seed(2)
+    own = ConcatCritic(4, 4) if critic == "concat" else critic
+    half = WassersteinDependency(*(one.to(dtype) for one in encoders), critic=own, objective=objective, lam=2.0).to(
+        dtype
+    )
+    x, y = (one.to(dtype) for one in pairs)
+    full = copy.deepcopy(half).double()
+    losses = [one(a, b, generator=seeded()) for one, a, b in ((half, x, y), (full, x.double(), y.double()))]
+    rounding = 40 * torch.finfo(dtype).eps
+    # The points between pairs are drawn in the dtype, so that those of float64 are others.
+    without = [one.values(a, b).mean() for one, a, b in ((half, x, y), (full, x.double(), y.double()))]
+    assert losses[0].dtype == without[0].dtype == torch.float32
+    assert float(without[0].detach()) == pytest.approx(float(without[1].detach()), abs=rounding)
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=0.1)
+    losses[0].backward()
+    assert all(bool(weight.grad.isfinite().all()) for weight in half.parameters())
+    found, expected = half.diagnose(x, y), full.diagnose(x.double(), y.double())
+    assert found.info_nce == pytest.approx(expected.info_nce, abs=rounding)
+    assert found.wasserstein == pytest.approx(expected.wasserstein, abs=rounding)
+
+
+def test_losses_of_half_precision_codes_are_summed_in_float32():
+    """A thousand codes of 60 add up to more than float16 can hold, and to digits that bfloat16 does not have."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.full((4, 1000), 8.0, dtype=dtype)
+        x[:, 0] = torch.tensor([8.0, 8.5, 9.0, 9.5], dtype=dtype)
+        measure = WassersteinDependency(nn.Identity(), nn.Identity(), lam=0.0)
+        expected = F.cross_entropy(x.double() @ x.double().T, torch.arange(4))
+        assert float(measure(x, x)) == pytest.approx(float(expected), rel=1e-6)
+        norms = measure.gradient_norms(64 * x[:, :1] + 200, 64 * x[:, :1])
+        assert bool(norms.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_estimate_is_that_of_the_same_numbers_in_float64_wherever_they_lie(dtype):
+    x = (torch.randn(200, 2, generator=seeded()) * 3).to(dtype)
+    far = (x.float() + 1e5) if dtype == torch.float32 else x
+    exact = far.double() - (1e5 if dtype == torch.float32 else 0)
+    options = {"steps": 30, "batch_size": 16, "learning_rate": 0.01}
+    found, expected = (wasserstein_dependency(one, one, generator=seeded(), **options) for one in (far, exact.float()))
+    assert found.gradient_norms.dtype == torch.float32
+    assert found.wasserstein == pytest.approx(expected.wasserstein, rel=1e-3) and found.wasserstein > 0.1
+    torch.manual_seed(0)
+    own = ConcatCritic(2, 2, (8,))
+    assert math.isfinite(wasserstein_dependency(far, far, critic=own, generator=seeded(), **options).wasserstein)
+
+
+def test_diagnosing_leaves_each_module_in_its_mode(pairs, encoders):
+    measure = WassersteinDependency(nn.Sequential(encoders[0], nn.Dropout(0.5)), encoders[1]).train()
+    measure.g[1].eval()
+    measure.diagnose(*pairs)
+    assert measure.training and measure.g.training and not measure.g[1].training
+
+
+def test_critics_give_one_score_a_pair(pairs, encoders):
+    class Column(ConcatCritic):
+        def forward(self, gx, hy):
+            return super().forward(gx, hy)[:, None]
+
+    class Mean(ConcatCritic):
+        def forward(self, gx, hy):
+            return super().forward(gx, hy).mean()
+
+    torch.manual_seed(0)
+    plain = ConcatCritic(4, 4).double()
+    column = Column(4, 4).double()
+    column.load_state_dict(plain.state_dict())
+    one, other = (WassersteinDependency(*encoders, critic=critic) for critic in (plain, column))
+    assert torch.equal(one.scores(*pairs), other.scores(*pairs)) and torch.equal(
+        one.values(*pairs), other.values(*pairs)
+    )
+    with pytest.raises(ValueError, match="one score for each of its 12 pairs"):
+        WassersteinDependency(*encoders, critic=Mean(4, 4).double()).values(*pairs)
+
+
+def test_damaged_folders_are_one_clear_sentence(pairs, encoders, tmp_path):
+    measure = WassersteinDependency(*encoders)
+    for spoil in ("config.json", "model.safetensors"):
+        measure.save_pretrained(tmp_path)
+        (tmp_path / spoil).write_bytes(b"{}")
+        with pytest.raises(ValueError, match="holds no saved WassersteinDependency"):
+            WassersteinDependency.from_pretrained(tmp_path, *encoders)
+
+
 def test_bad_input_is_one_clear_sentence(pairs, encoders):
     x, y = pairs
     for options, words in (
@@ -358,15 +460,24 @@ def test_bad_input_is_one_clear_sentence(pairs, encoders):
     for both, options, words in (
         ((x, y), {"held_out": 1.0}, "held_out lies"),
         ((x, y), {"steps": 0}, "steps is at least"),
+        ((x, y), {"learning_rate": 0.0}, "learning_rate above 0"),
+        ((x * 0 + 0.1, y * 0 + 0.3), {}, "both inputs are constant"),
         ((x, y[:3]), {}, "as many of each"),
         ((x[:3], y[:3]), {}, "fewer than two"),
         ((x * 0, y * 0), {}, "both inputs are constant"),
         ((x * float("inf"), y), {}, "NaN or infinity"),
+        ((x, y), {"critic": ConcatCritic(5, 3).half()}, r"float16 .* give critic.float\(\)"),
+        ((x, y), {"critic": ConcatCritic(5, 3).bfloat16()}, r"bfloat16 .* give critic.float\(\)"),
+        ((x.float(), y.float()), {"learning_rate": 1e36, "steps": 5}, "diverged"),
     ):
         with pytest.raises(ValueError, match=words):
             wasserstein_dependency(*both, **options)
     with pytest.raises(TypeError, match="embed discrete"):
         wasserstein_dependency(x.long(), y)
+    for call in (measure, measure.diagnose, wasserstein_dependency, exact_wasserstein_dependency):
+        for both, words in (((x.numpy(), y), "got ndarray"), ((x, torch.tensor(1.0)), "a single number")):
+            with pytest.raises(TypeError, match=words):
+                call(*both)
     for p, words in ((torch.ones(2, 2) / 4, "for 12 x 12"), (torch.full((12, 12), 1.0), "add up to 1")):
         with pytest.raises(ValueError, match=words):
             exact_wasserstein_dependency(x, y, p)

@@ -70,25 +70,38 @@ def load_network(model: str, *, weights: Path | None = None) -> nn.Module:
 
     place, colon, name = model.rpartition(":")
     if not colon:
+        if weights is not None:
+            raise UsageError(f"{model} comes with its own weights: give FILE.py:NAME with --weights, or leave them out")
         return _transformers(model)
     module = _module(place)
-    try:
-        found = getattr(module, name)
-    except AttributeError:
+    if not hasattr(module, name):
+        raise UsageError(f"{place} has no {name!r}: give the name of a network, or of a function that makes one")
+    found = getattr(module, name)
+    if not isinstance(found, nn.Module) and not callable(found):
         raise UsageError(
-            f"{place} has no {name!r}: give the name of a network, or of a function that makes one"
-        ) from None
-    network = found if isinstance(found, nn.Module) else found()
+            f"{model} is of type {type(found).__name__}: give a torch.nn.Module, or a function that makes one"
+        )
+    try:
+        network = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise UsageError(
+            f"{model} cannot be called without arguments ({_first_line(error)}): give a function that makes the network"
+        ) from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{model} gives a {type(network).__name__}, and a torch.nn.Module is wanted")
     if weights is not None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_model
 
         try:
             load_model(network, str(weights))
-        except (OSError, RuntimeError) as error:
-            raise UsageError(f"the weights in {weights} do not fit {model}: {str(error).splitlines()[0]}") from error
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"the weights in {weights} do not fit {model}: {_first_line(error)}") from error
     return network
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _module(place: str) -> Any:
@@ -96,30 +109,42 @@ def _module(place: str) -> Any:
     if path.suffix != ".py":
         try:
             return importlib.import_module(place)
-        except ImportError as error:
+        except Exception as error:
             raise UsageError(
-                f"{place} cannot be imported ({error}): give FILE.py:NAME or package.module:NAME"
+                f"{place} cannot be imported ({_first_line(error)}): give FILE.py:NAME or package.module:NAME"
             ) from error
     if not path.is_file():
         raise UsageError(f"there is no file {place}: give FILE.py:NAME, package.module:NAME or a transformers folder")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # By a name of its own, as a file random.py is not to stand in for Python's.
+    spec = importlib.util.spec_from_file_location(f"inspected_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    # What lies beside the file it may import, as when it is run.
+    folder = str(path.resolve().parent)
+    sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise UsageError(
+            f"{place} fails when it is loaded, with {type(error).__name__} ({_first_line(error)}): see that "
+            f"`python {path.name}` runs"
+        ) from error
+    finally:
+        sys.path.remove(folder)
     return module
 
 
 def _transformers(model: str) -> nn.Module:
     from torch import nn
-    from transformers import AutoModelForImageClassification
+
+    from paperworks.hub.models import load_image_classifier
 
     try:
-        found = AutoModelForImageClassification.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{model} is no transformers image classifier ({str(error).splitlines()[0]}): give its folder, or FILE.py:NAME"
-        ) from error
+        found = load_image_classifier(model)
+    except UsageError as error:
+        raise UsageError(f"{str(error).rstrip('.')}; your own network is FILE.py:NAME") from error
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -174,6 +199,11 @@ def inspect(model: nn.Module, loader: Iterable[Any], *, layer: str | None = None
     """
     from torch import nn
 
+    if isinstance(loader, Iterator):
+        raise UsageError(
+            f"the loader is a {type(loader).__name__}, which is used up when it is gone through once: give a list of batches "
+            "or a DataLoader"
+        )
     if layer is None and callable(getattr(model, "encode", None)):
         return _vae(model, loader)
     if layer is None:
@@ -196,9 +226,10 @@ def _classifier(model: nn.Module, loader: Iterable[Any], layer: str) -> Inspecti
         metric = NeuralCollapse.from_model(model, loader, layer)
         found = {name: float(value) for name, value in metric.compute().items()}
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"layer {layer!r} cannot be looked at: {str(error).splitlines()[0]}") from error
-    counts = metric.counts
-    rows = torch.linalg.norm(metric.weight, dim=1)
+        raise UsageError(f"layer {layer!r} cannot be looked at: {_first_line(error)}") from error
+    counts, weight = metric.counts, metric.weight
+    assert weight is not None
+    rows = torch.linalg.norm(weight, dim=1)
     lost = (rows < _LOST * rows.max()).nonzero()[:, 0].tolist()
     balance = float(counts.max() / counts.min())
     tight = found["nc1"] < _COLLAPSED
@@ -239,7 +270,7 @@ def _vae(model: nn.Module, loader: Iterable[Any]) -> Inspection:
         activity = VariableActivity.from_encoder(model.encode, loader).compute()  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise UsageError(
-            f"`encode` cannot be looked at ({str(error).splitlines()[0]}): it takes a batch, and gives means and "
+            f"`encode` cannot be looked at ({_first_line(error)}): it takes a batch, and gives means and "
             "log-variances, each (batch, d)"
         ) from error
     dims = len(report.kl)

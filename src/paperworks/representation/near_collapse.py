@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -12,9 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 from scipy.optimize import brentq, minimize
 from scipy.sparse.linalg import LinearOperator, cg
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from paperworks.representation.features import as_classes, as_matrix
 
 _TOLERANCE = 1e-10
 
@@ -30,7 +35,7 @@ class NearCollapse:
         variability_before: tr Sigma_W / tr Sigma_B of the given features.
         variability_after: The same of `features`.
         given: H0, (N, d).
-        labels: (N,).
+        labels: Classes in int64, (N,).
         lam_w: Decay of the classifier.
         lam_h: Decay of the features.
         beta: Pull towards the given features.
@@ -87,10 +92,12 @@ def near_collapse(
         lam_w: Decay of the classifier, above 0; the weight decay of a network's head.
         lam_h: Decay of the features, at least 0; that of its body.
         beta: Pull towards the given features, at least 0.
-        max_rounds: Rounds at most; it ends when the features change by less than 1e-10 of their size.
+        max_rounds: Rounds at most, with a `ConvergenceWarning` where they are not enough; it ends when the features change by
+            less than 1e-10 of their size, beside their mean.
 
     Raises:
         ValueError: Values out of range, shapes that do not fit, classes of different sizes, or values that are not finite.
+        TypeError: Features that are no real numbers.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -99,23 +106,31 @@ def near_collapse(
         >>> found.variability_after < found.variability_before
         True
     """
-    H0, Y = _checked(features, labels, lam_w, lam_h)
+    H0, y, Y = _checked(features, labels, lam_w, lam_h)
     if not 0 <= beta < math.inf or lam_h + beta == 0:
         raise ValueError(f"beta is a number of at least 0, and above 0 where lam_h is 0, got {beta}")
-    H, losses = H0, []
+    if max_rounds < 1:
+        raise ValueError(f"max_rounds is at least 1, got {max_rounds}")
+    H, losses, change = H0, [], math.inf
     for _ in range(max_rounds):
         W = best_classifier(H, Y, lam_w)
-        new = torch.linalg.solve(W.T @ W + (lam_h + beta) * _identity(H.T), (Y @ W + beta * H0).T).T
+        new = _best_features(W, H0, Y, lam_h, beta)
         losses.append(_objective(new, W, H0, Y, lam_w, lam_h, beta))
-        change = torch.linalg.norm(new - H) / torch.linalg.norm(new).clamp_min(torch.finfo(H.dtype).tiny)
+        size = torch.linalg.norm(new - new.mean(0)).clamp_min(torch.finfo(H.dtype).tiny)
+        change = float(torch.linalg.norm(new - H) / size)
         H = new
         # Features that vanish get smaller by the same share each time.
         if change < _TOLERANCE or torch.linalg.norm(H) < 1e-150:
             break
+    else:
+        warnings.warn(
+            f"near_collapse: after {max_rounds} rounds the features still change by {change:.1g} of their size; give more "
+            "`max_rounds`",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     W = best_classifier(H, Y, lam_w)
-    return NearCollapse(
-        H, W, tuple(losses), variability(H0, Y), variability(H, Y), H0, labels, lam_w, lam_h, beta
-    )  # fmt: skip
+    return NearCollapse(H, W, tuple(losses), variability(H0, Y), variability(H, Y), H0, y, lam_w, lam_h, beta)
 
 
 def implied_beta(features: Tensor, labels: Tensor, wanted: float, *, lam_w: float, lam_h: float) -> float:
@@ -123,7 +138,7 @@ def implied_beta(features: Tensor, labels: Tensor, wanted: float, *, lam_w: floa
 
     Of the features of a layer and the variability behind the next one, it says how freely that layer can move them: a
     small beta stands for an expressive part of a network. The features are minimised over in closed form, and L-BFGS
-    finds the classifier from second moments alone, whatever the number of samples.
+    finds the classifier from a triangle as wide as features and classes, whatever the number of samples.
 
     Args:
         features: H0, (N, d), of the shallower layer.
@@ -142,42 +157,48 @@ def implied_beta(features: Tensor, labels: Tensor, wanted: float, *, lam_w: floa
         >>> round(implied_beta(H0, y, left, lam_w=0.3, lam_h=0.2), 4)
         2.0
     """
-    H0, Y = _checked(features, labels, lam_w, lam_h)
-    (N, K), n = Y.shape, len(Y) / Y.shape[1]
-    eye, second, cross = np.eye(H0.shape[1]), (H0.T @ H0).numpy(), (Y.T @ H0).numpy()
-    start = best_classifier(H0, Y, lam_w).numpy()
+    H0, _, Y = _checked(features, labels, lam_w, lam_h)
+    (N, K), d = Y.shape, H0.shape[1]
+    # Of features and classes side by side Q R, the errors of any classifier are Q times those on R's columns: no digits are
+    # lost in second moments. The classifier is sought as V in W = V U^(-T), in which the problem of a large beta is round.
+    R = torch.linalg.qr(torch.cat([H0, Y], 1), mode="r").R.cpu().numpy()
+    seen, told = R[:, :d], R[:, d:]
+    U = _root(H0, N / K * lam_w)[1].cpu().numpy()
+    start = best_classifier(H0, Y, lam_w).cpu().numpy() @ U.T
 
     def left(log_beta: float) -> float:
         beta = math.exp(log_beta)
+        pull = lam_h + beta
+        kept = seen * (beta / pull)
 
         def objective(flat: NDArray[Any]) -> tuple[float, NDArray[Any]]:
-            W = flat.reshape(start.shape)
-            # The best features are H = (Y W + beta H0) A^(-1), of which only second moments are needed.
-            inverse = np.linalg.inv(W.T @ W + (lam_h + beta) * eye)
-            pulled = beta * W.T @ cross
-            moments = n * W.T @ W + pulled + pulled.T + beta**2 * second
-            value = (N + beta * np.trace(second) - np.vdot(inverse, moments)) / 2 / N + lam_w / 2 / K * np.vdot(W, W)
-            slope = (W @ inverse @ moments - n * W - beta * cross) @ inverse / N + lam_w / K * W
-            return value, slope.reshape(-1)
+            W = solve_triangular(U, flat.reshape(start.shape).T).T
+            # Over features near H0 beta / pull the least error of W is that of W alone, in a metric that W W^T softens.
+            error = told - kept @ W.T
+            soft = np.linalg.inv(np.eye(K) + W @ W.T / pull)
+            squared = soft @ error.T @ error
+            value = np.trace(squared) / 2 / N + lam_w / 2 / K * np.vdot(W, W)
+            slope = lam_w / K * W - (soft @ error.T @ kept + squared @ soft @ W / pull) / N
+            return value, solve_triangular(U, slope.T, trans="T").T.reshape(-1)
 
         found = minimize(
             objective, start.reshape(-1), jac=True, method="L-BFGS-B",
-            options={"maxiter": 20_000, "maxfun": 50_000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-9},
+            options={"maxiter": 20_000, "maxfun": 50_000, "maxcor": 30, "ftol": 1e-15, "gtol": 1e-10},
         )  # fmt: skip
-        W = torch.from_numpy(found.x).view(start.shape)
-        A = W.T @ W + (lam_h + beta) * _identity(H0.T)
-        return variability(torch.linalg.solve(A, (Y @ W + beta * H0).T).T, Y)
+        W = torch.from_numpy(solve_triangular(U, found.x.reshape(start.shape).T).T.copy()).to(H0)
+        return variability(_best_features(W, H0, Y, lam_h, beta), Y)
 
     @cache
     def excess(log_beta: float) -> float:
         return math.log(left(log_beta) / wanted)
 
-    # Upwards from small beta, where the classifier is found soonest.
-    powers = [power * math.log(10) for power in range(-8, 5)]
-    if 0 < wanted < variability(H0, Y) and excess(powers[0]) < 0:
-        for low, high in pairwise(powers):
-            if excess(high) >= 0:
-                return math.exp(brentq(excess, low, high, xtol=1e-4))
+    # From beta = 1 by powers of ten, since for the smallest ones the classifier takes longest to find.
+    if 0 < wanted < variability(H0, Y):
+        upwards = excess(0.0) < 0
+        powers = [power * math.log(10) for power in (range(5) if upwards else range(0, -9, -1))]
+        for near, far in pairwise(powers):
+            if (excess(far) < 0) != upwards:
+                return math.exp(brentq(excess, near, far, xtol=1e-4))
     raise ValueError(
         f"no beta from 1e-8 to 1e4 leaves a variability of {wanted:g}: that of the features given is "
         f"{variability(H0, Y):g}, and the one behind the next layer must be lower, and above 0"
@@ -195,14 +216,17 @@ def central_path(
         tr Sigma_W and tr Sigma_B at each time, the beginning included, (steps + 1, 2).
 
     Raises:
-        ValueError: As `near_collapse`, or a step that is not above 0.
+        ValueError: As `near_collapse`, or a step that is not above 0, or too long for the path to be followed.
     """
-    H, Y = _checked(features, labels, lam_w, lam_h)
-    if not step > 0 or steps < 1:
+    H, _, Y = _checked(features, labels, lam_w, lam_h)
+    if not 0 < step < math.inf or steps < 1:
         raise ValueError(f"step is above 0 and steps at least 1, got {step} and {steps}")
     traces = [_traces(H, Y)]
     for _ in range(steps):
         W = best_classifier(H, Y, lam_w)
+        steepest = float(torch.linalg.matrix_norm(W, 2)) ** 2 + lam_h
+        if step * steepest > 1:
+            raise ValueError(f"a step of {step:g} overshoots on this path: take one below {1 / steepest:.2g}")
         H = H - step * ((H @ W.T - Y) @ W + lam_h * H)
         traces.append(_traces(H, Y))
     return torch.stack(traces)
@@ -233,12 +257,14 @@ def orthogonal_collapse(
     Raises:
         ValueError: Too few dimensions, or decays so strong that nothing is left.
     """
-    c = math.sqrt(lam_w * lam_h)
-    if dim < num_classes or not 0 < c < 1:
+    if num_classes < 2 or per_class < 1 or dim < num_classes:
         raise ValueError(
-            f"{num_classes} orthogonal means need as many dimensions and 0 < lam_w lam_h < 1, got dim={dim}, "
-            f"lam_w={lam_w}, lam_h={lam_h}"
+            f"two or more orthogonal means need as many dimensions, and a sample each, got num_classes={num_classes}, "
+            f"per_class={per_class}, dim={dim}"
         )
+    if not (lam_w > 0 and lam_h > 0 and lam_w * lam_h < 1):
+        raise ValueError(f"lam_w and lam_h are above 0 and their product below 1, got {lam_w} and {lam_h}")
+    c = math.sqrt(lam_w * lam_h)
     basis = torch.linalg.qr(torch.randn(dim, num_classes, dtype=torch.float64, generator=generator)).Q.T
     means = math.sqrt((1 - c) * math.sqrt(lam_w / lam_h)) * basis
     labels = torch.arange(num_classes).repeat_interleave(per_class)
@@ -247,8 +273,20 @@ def orthogonal_collapse(
 
 def best_classifier(H: Tensor, Y: Tensor, lam_w: float) -> Tensor:
     """W = Y^T H (H^T H + n lam_w I)^(-1), (K, d), for n samples a class."""
-    n = len(Y) / Y.shape[1]
-    return torch.linalg.solve(H.T @ H + n * lam_w * _identity(H.T), H.T @ Y).T
+    Q, R = _root(H, len(Y) / Y.shape[1] * lam_w)
+    return torch.linalg.solve_triangular(R, Q[: len(H)].T @ Y, upper=True).T
+
+
+def _root(H: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Q and triangular R of H over sqrt(ridge) I, so that R^T R = H^T H + ridge I: of H itself, far from zero or not."""
+    return torch.linalg.qr(torch.cat([H, math.sqrt(ridge) * _identity(H.T)]))
+
+
+def _best_features(W: Tensor, H0: Tensor, Y: Tensor, lam_h: float, beta: float) -> Tensor:
+    """H = (Y W + beta H0) (W^T W + (lam_h + beta) I)^(-1), (N, d), written as a change of H0 beta / (lam_h + beta)."""
+    pull = lam_h + beta
+    kept = beta / pull * H0
+    return kept + torch.linalg.solve(W @ W.T + pull * _identity(W), (Y - kept @ W.T).T).T @ W
 
 
 class Perturbation:
@@ -258,20 +296,24 @@ class Perturbation:
 
     Args:
         at: The minimiser.
+
+    Raises:
+        ValueError: Its beta is 0, where the given features change nothing.
     """
 
     def __init__(self, at: NearCollapse) -> None:
+        if at.beta == 0:
+            raise ValueError("with beta = 0 the given features do not move the result: take a beta above 0")
         self.at = at
         H, W = at.features, at.weight
-        n = len(H) / len(W)
-        self._error = H @ W.T - F.one_hot(at.labels).to(H.dtype)
-        self._of_weight = torch.linalg.cholesky(H.T @ H + n * at.lam_w * _identity(H.T))
+        self._error = H @ W.T - F.one_hot(at.labels).to(H)
+        self._of_weight = _root(H, len(H) / len(W) * at.lam_w)[1]
         self._of_features = W.T @ W + (at.lam_h + at.beta) * _identity(H.T)
 
     def classifier_response(self, dH: Tensor) -> Tensor:
         """How the classifier answers, dW (..., K, d), to a change of the features dH (..., N, d)."""
         mixed = (dH @ self.at.weight.T).mT @ self.at.features + self._error.T @ dH
-        return -torch.cholesky_solve(mixed.mT, self._of_weight).mT
+        return -torch.cholesky_solve(mixed.mT, self._of_weight, upper=True).mT
 
     def inverse(self, dH: Tensor) -> Tensor:
         """The change of the given features (..., N, d) that leads to dH."""
@@ -283,25 +325,30 @@ class Perturbation:
         """How the features answer, dH (N, d), to a change of the given ones (N, d); by conjugate gradients.
 
         Raises:
-            ValueError: They did not converge: the minimiser is not isolated there.
+            ValueError: The change has another shape than the features, or they did not converge: the minimiser is not
+                isolated there.
         """
-        shape = self.at.features.shape
+        H, shape = self.at.features, self.at.features.shape
+        given = as_matrix(dH0, "dH0")
+        if given.shape != shape:
+            raise ValueError(f"a change of the given features is {tuple(shape)}, got {tuple(given.shape)}")
 
         def product(flat: Any) -> Any:
-            return self.inverse(torch.from_numpy(flat).view(shape)).reshape(-1).numpy()
+            return self.inverse(torch.from_numpy(flat).to(H).view(shape)).reshape(-1).cpu().numpy()
 
         size = shape.numel()
         operator = LinearOperator((size, size), matvec=product, dtype="float64")
-        flat, failed = cg(operator, dH0.double().reshape(-1).numpy(), rtol=1e-12, maxiter=20 * size)
+        flat, failed = cg(operator, given.reshape(-1).cpu().numpy(), rtol=1e-12, maxiter=20 * size)
         if failed:
             raise ValueError("conjugate gradients did not converge: take a larger beta")
-        return torch.from_numpy(flat).view(shape)
+        return torch.from_numpy(flat).to(H).view(shape)
 
     def dense(self) -> Tensor:
         """F as an array (N, d, N, d): what sample i's features get of a change of sample j's."""
         shape = self.at.features.shape
         size = shape.numel()
-        columns = self.inverse(torch.eye(size, dtype=torch.float64).view(size, *shape)).reshape(size, size).T
+        unit = torch.eye(size, dtype=torch.float64, device=self.at.features.device)
+        columns = self.inverse(unit.view(size, *shape)).reshape(size, size).T
         return torch.linalg.inv(columns).view(*shape, *shape)
 
 
@@ -325,20 +372,16 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
-def _checked(features: Tensor, labels: Tensor, lam_w: float, lam_h: float) -> tuple[Tensor, Tensor]:
-    """Features in float64, and one-hot labels."""
-    if features.ndim != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"features are (N, d) and labels N whole numbers, got {tuple(features.shape)} and {tuple(labels.shape)}"
-        )
-    if not bool(features.isfinite().all()):
-        raise ValueError("features hold NaN or infinity: look for what overflows before you measure collapse")
-    if not lam_w > 0 or not lam_h >= 0:
+def _checked(features: Tensor, labels: Tensor, lam_w: float, lam_h: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Features in float64, classes, and those one-hot."""
+    H = as_matrix(features, "features")
+    y = as_classes(labels, len(H)).to(H.device)
+    if not 0 < lam_w < math.inf or not 0 <= lam_h < math.inf:
         raise ValueError(f"lam_w is above 0 and lam_h at least 0, got {lam_w} and {lam_h}")
-    counts = torch.bincount(labels)
+    counts = torch.bincount(y)
     if len(counts) < 2 or bool((counts != counts[0]).any()):
         raise ValueError(
             f"the theory is of two or more classes of one size, got classes of {counts.tolist()[:10]} samples: take as "
             "many of each"
         )
-    return features.detach().double(), F.one_hot(labels).double()
+    return H, y, F.one_hot(y).double()

@@ -1,7 +1,7 @@
 """Posterior collapse in conditional and hierarchical VAEs: thresholds beforehand, a meter afterwards (arXiv 2306.05023).
 
 Throughout, z ~ N(0, eta_enc^2 I) is the prior, N(., eta_dec^2 I) the decoder, and losses are twice the negative ELBO with
-beta on the divergence. As the theory has no biases, take the means off the data first.
+beta on the divergence. As the theory has no biases, take the means off the data first. All is computed in float64.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics import Metric
+
+from paperworks.representation.features import as_matrix, as_numbers, evaluated, to_device_of
+from paperworks.representation.metric import StreamedMetric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +28,7 @@ Encoder = Callable[[Any], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:
-    """Global optimum of a linear VAE or conditional VAE with d latent variables.
+    """Global optimum of a linear VAE or conditional VAE with d latent variables; all tensors are in float64.
 
     Attributes:
         spectrum: Variances that the latent variables could code, descending (d,): eigenvalues of the data's second moment,
@@ -184,7 +187,8 @@ def linear_vae_solution(
         The optimum; variables in the order of the spectrum, and of ascending sigma.
 
     Raises:
-        ValueError: Data empty, not two-dimensional or not finite, or an option out of range.
+        ValueError: Data empty, not two-dimensional, not finite or no second moment, or an option out of range.
+        TypeError: Data that are no real numbers.
 
     Example:
         >>> solution = linear_vae_solution(torch.diag(torch.tensor([4.0, 2.0, 0.5])), d=3, moments=True)
@@ -192,7 +196,7 @@ def linear_vae_solution(
         (1, [0.693, 0.347, 0.0])
     """
     _check_options(d=d, beta=beta, eta_enc=eta_enc, eta_dec=eta_dec)
-    return _solve(_moment(X, moments), None, d, beta, eta_enc, eta_dec, sigma)
+    return _solve(_spectrum(X, moments, d), None, beta, eta_enc, eta_dec, sigma)
 
 
 def linear_cvae_solution(
@@ -216,6 +220,7 @@ def linear_cvae_solution(
 
     Raises:
         ValueError: Data empty, not two-dimensional, not finite or of unequal length, or an option out of range.
+        TypeError: Data that are no real numbers.
 
     Example:
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
@@ -226,17 +231,19 @@ def linear_cvae_solution(
     X, Y = _matrix(X, "X"), _matrix(Y, "Y")
     if len(X) != len(Y):
         raise ValueError(f"X has {len(X)} rows and Y has {len(Y)}: give one condition for each output")
-    # Least squares drops the directions that x does not have.
-    regression = torch.linalg.lstsq(X, Y, driver="gelsd" if X.device.type == "cpu" else "gels").solution.mT
-    residual = Y - X @ regression.mT
-    return _solve(residual.mT @ residual / len(Y), regression, d, beta, eta_enc, eta_dec, None)
+    # Least squares in the directions that x has.
+    left, values, right = torch.linalg.svd(X, full_matrices=False)
+    kept = values > max(X.shape) * torch.finfo(X.dtype).eps * values[0]
+    onto = left[:, kept].mT @ Y
+    regression = (right[kept].mT @ (onto / values[kept, None])).mT
+    return _solve(_of_data(Y - left[:, kept] @ onto, d, Y), regression, beta, eta_enc, eta_dec, None)
 
 
 def _solve(
-    moment: Tensor, regression: Tensor | None, d: int, beta: float, eta_enc: float, eta_dec: float, sigma: Any
+    spectral: tuple[Tensor, Tensor], regression: Tensor | None, beta: float, eta_enc: float, eta_dec: float, sigma: Any
 ) -> LinearSolution:
-    spectrum, P = _spectrum(moment, d)
-    limit, theta = beta * eta_dec**2, spectrum.sqrt()
+    spectrum, P = spectral
+    d, limit, theta = len(spectrum), beta * eta_dec**2, spectrum.sqrt()
     if sigma is None:
         threshold = torch.full_like(spectrum, limit)
         surplus = (spectrum - limit).clamp(min=0)
@@ -244,7 +251,7 @@ def _solve(
         encoder = torch.where(surplus > 0, eta_enc * surplus.sqrt() / theta, 0)
         std = torch.where(surplus > 0, eta_enc * math.sqrt(limit) / theta, eta_enc)
     else:
-        std = torch.as_tensor(sigma, dtype=spectrum.dtype, device=spectrum.device)
+        std = as_numbers(sigma, "sigma").to(spectrum)
         if std.shape not in ((), (1,), (d,)) or not (std.isfinite() & (std > 0)).all():
             raise ValueError(
                 f"sigma is {sigma}: give one positive standard deviation, or one for each of {d} variables"
@@ -295,7 +302,8 @@ def linear_hvae_solution(
         The optimum.
 
     Raises:
-        ValueError: Data empty, not two-dimensional or not finite, or an option out of range.
+        ValueError: Data empty, not two-dimensional, not finite or no second moment, or an option out of range.
+        TypeError: Data that are no real numbers.
 
     Example:
         >>> moment = torch.diag(torch.tensor([3.0, 2.0, 0.5]))
@@ -305,14 +313,14 @@ def linear_hvae_solution(
         1
     """
     positive = {"beta1": beta1, "beta2": beta2, "eta_enc": eta_enc, "eta_dec": eta_dec, "sigma1": sigma1}
-    _check_options(d1=d1, d2=d2, **positive, **({} if sigma2 is None else {"sigma2": sigma2}))
-    spectrum, P = _spectrum(_moment(X, moments), d1)
+    _check_options(d1=d1, d2=d2, **positive, **_given(sigma2=sigma2))
+    spectrum, P = _spectrum(X, moments, d1)
     theta, r, c = spectrum.sqrt(), beta2 / beta1, eta_dec / eta_enc
     alone = ((sigma1 / math.sqrt(beta1)) * (theta - math.sqrt(beta1) * sigma1)).clamp(min=0).sqrt()
     effective = eta_dec if sigma2 is None else c * sigma2
     dominated = sigma1**2 < r * effective**2
     threshold = torch.full_like(spectrum, (beta2 * effective**2) ** 2 / (beta1 * sigma1**2) if dominated else 0.0)
-    used = (spectrum > threshold) if dominated else torch.full_like(spectrum, sigma1**2 > r * effective**2).bool()
+    used = (spectrum > threshold) if dominated else torch.ones_like(spectrum, dtype=torch.bool)
     used = used & (torch.arange(d1, device=theta.device) < d2)
     if sigma2 is None:
         lam = sigma1 / (math.sqrt(beta2) * eta_dec) * (spectrum - beta2 * eta_dec**2).clamp(min=0).sqrt()
@@ -328,14 +336,13 @@ def linear_hvae_solution(
     lam = torch.where(used, lam, alone)
     top = torch.where(used, om2.clamp(min=0).sqrt(), 0)
     both = min(d1, d2)
-    omega, W2 = torch.zeros(d2, dtype=theta.dtype, device=theta.device), theta.new_zeros(d2, d1)
+    omega, W2 = theta.new_zeros(d2), theta.new_zeros(d2, d1)
     omega[:both] = top[:both]
     back, mean_square = omega / (omega**2 + r * c**2), torch.zeros_like(omega)
     W2[range(both), range(both)] = back[:both]
     mean_square[:both] = (back[:both] ** 2) * (lam[:both] ** 2 + sigma1**2)
     if sigma2 is None:
-        std = (torch.as_tensor(r * eta_dec**2) / (omega**2 + r * c**2)).sqrt()
-        std = torch.where(omega > 0, std, eta_enc)
+        std = torch.where(omega > 0, (r * eta_dec**2 / (omega**2 + r * c**2)).sqrt(), eta_enc)
     else:
         std = torch.full_like(omega, sigma2)
     out = theta * lam / (lam**2 + sigma1**2)
@@ -349,40 +356,56 @@ def linear_hvae_solution(
 
 
 def _matrix(X: Any, name: str) -> Tensor:
-    X = torch.as_tensor(X)
-    if X.ndim != 2 or not X.numel():
+    X = as_matrix(X, name)
+    if not X.numel():
         raise ValueError(f"{name} has shape {tuple(X.shape)}: give samples as rows, (n, D), at least one")
-    X = X if X.is_floating_point() else X.double()
-    if not X.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite values: remove or fill them first")
-    return X
-
-
-def _moment(X: Any, moments: bool) -> Tensor:
-    X = _matrix(X, "X")
-    if not moments:
-        return X.mT @ X / len(X)
-    if X.shape[0] != X.shape[1] or not torch.allclose(X, X.mT, rtol=1e-4, atol=1e-8):
-        raise ValueError(
-            f"X has shape {tuple(X.shape)} and is no second moment: give a symmetric one, or moments=False"
-        )
     return X
 
 
 def _check_options(**options: float) -> None:
     for name, value in options.items():
-        if name.startswith("d") and not (isinstance(value, int) and value >= 1):
+        if name.startswith("d") and not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} is {value}: give a number of latent variables, at least 1")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} is {value}: give a positive finite number")
 
 
-def _spectrum(moment: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """The d largest eigenvalues, rounding below zero removed, and their vectors (D, d); zeros where D < d."""
-    values, vectors = torch.linalg.eigh(moment)
-    values, vectors = values.flip(0)[:d], vectors.flip(1)[:, :d]
-    # Null directions come out as rounding errors of the largest value.
-    values = torch.where(values > len(moment) * torch.finfo(values.dtype).eps * moment.diagonal().sum(), values, 0)
+def _given(**options: float | None) -> dict[str, float]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _spectrum(X: Any, moments: bool, d: int) -> tuple[Tensor, Tensor]:
+    """The d largest eigenvalues of the second moment of data, or of one that is given, and their vectors (D, d)."""
+    X = _matrix(X, "X")
+    if not moments:
+        return _of_data(X, d, X)
+    if X.shape[0] != X.shape[1] or float((X - X.mT).abs().max()) > 1e-5 * float(X.abs().max()):
+        raise ValueError(
+            f"X has shape {tuple(X.shape)} and is no second moment: give a symmetric one, or moments=False"
+        )
+    values, vectors = torch.linalg.eigh((X + X.mT) / 2)
+    largest = float(values.abs().max())
+    if float(values[0]) < -1e-5 * largest:
+        raise ValueError(
+            f"X has the eigenvalue {float(values[0]):.3g} and is no second moment: those are at least 0; give E[x x^T]"
+        )
+    return _padded(values.flip(0), vectors.flip(1), d, largest)
+
+
+def _of_data(X: Tensor, d: int, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of data (n, D) by their singular values, whose squares keep more digits than the moment's eigenvalues.
+
+    Values are zero where they are rounding of the data `beside` which X was computed from.
+    """
+    _, values, vectors = torch.linalg.svd(torch.linalg.qr(X, mode="r").R / math.sqrt(len(X)), full_matrices=False)
+    rounding = len(X) * torch.finfo(X.dtype).eps * torch.linalg.matrix_norm(beside) / math.sqrt(len(X))
+    return _padded(torch.where(values > rounding, values, 0) ** 2, vectors.mT, d, 0.0)
+
+
+def _padded(values: Tensor, vectors: Tensor, d: int, largest: float) -> tuple[Tensor, Tensor]:
+    """The first d, zeros where there are fewer; rounding of the largest is zero."""
+    values, vectors = values[:d], vectors[:, :d]
+    values = torch.where(values > len(vectors) * torch.finfo(values.dtype).eps * largest, values, 0)
     missing = d - len(values)
     return nn.functional.pad(values, (0, missing)), nn.functional.pad(vectors, (0, missing))
 
@@ -431,7 +454,9 @@ class LinearCVAE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_options(d=d, beta=beta, eta_enc=eta_enc, eta_dec=eta_dec)
+        _check_options(d=d, beta=beta, eta_enc=eta_enc, eta_dec=eta_dec, **_given(sigma=sigma))
+        if x_dim < 0 or y_dim < 1:
+            raise ValueError(f"x_dim is {x_dim} and y_dim {y_dim}: give sizes of at least 0 and 1")
         self.beta, self.eta_enc, self.eta_dec, self.x_dim = beta, eta_enc, eta_dec, x_dim
         self.U1, self.U2 = _weight(y_dim, d, generator), _weight(y_dim, x_dim, generator)
         self.W1, self.W2 = _weight(d, x_dim, generator), _weight(d, y_dim, generator)
@@ -441,7 +466,8 @@ class LinearCVAE(nn.Module):
 
     def encode(self, y: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance of the posterior, each (n, d)."""
-        mean = y @ self.W2.mT + (0 if x is None else x @ self.W1.mT)
+        y, x = self._rows(y, x)
+        mean = y @ self.W2.mT + x @ self.W1.mT
         return mean, self.log_var.exp().expand_as(mean)
 
     def exact_loss(self, moment: Tensor) -> Tensor:
@@ -449,7 +475,11 @@ class LinearCVAE(nn.Module):
 
         Args:
             moment: Second moment of (x, y) stacked, condition first.
+
+        Raises:
+            ValueError: It is of another size.
         """
+        moment = _sized(moment, self.x_dim + len(self.U1), self.U1)
         encode = torch.cat([self.W1, self.W2], dim=1)
         copy = torch.eye(len(self.U2), len(moment), dtype=moment.dtype, device=moment.device).roll(self.x_dim, 1)
         residual = copy - self.U1 @ encode - nn.functional.pad(self.U2, (0, len(self.U2)))
@@ -460,15 +490,26 @@ class LinearCVAE(nn.Module):
 
     def loss(self, y: Tensor, x: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss with one sample of z for each row, averaged over rows."""
+        y, x = self._rows(y, x)
         mean, var = self.encode(y, x)
         z = mean + var.sqrt() * _noise(mean, generator)
-        error = (y - z @ self.U1.mT - (0 if x is None else x @ self.U2.mT)).square().sum(-1)
+        error = (y - z @ self.U1.mT - x @ self.U2.mT).square().sum(-1)
         prior = ((mean**2 + var) / self.eta_enc**2 - var.log()).sum(-1)
         return (error / self.eta_dec**2 + self.beta * prior).mean()
 
     def fit(self, moment: Tensor, steps: int = 3000) -> float:
         """Minimise the expected loss by L-BFGS, in place; returns the loss reached."""
         return _minimise(self, moment, steps)
+
+    def _rows(self, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and conditions in the model's dtype, the latter of no columns where the model takes none."""
+        x = y.new_zeros(len(y), 0) if x is None else x
+        if y.shape != (len(y), len(self.U1)) or x.shape != (len(y), self.x_dim):
+            raise ValueError(
+                f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}: the model takes (n, {len(self.U1)}) given (n, "
+                f"{self.x_dim})"
+            )
+        return y.to(self.U1), x.to(self.U1)
 
 
 class LinearVAE(LinearCVAE):
@@ -515,7 +556,8 @@ class LinearHVAE2(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_options(d1=d1, d2=d2, beta1=beta1, beta2=beta2, eta_enc=eta_enc, eta_dec=eta_dec, sigma1=sigma1)
+        positive = {"beta1": beta1, "beta2": beta2, "eta_enc": eta_enc, "eta_dec": eta_dec, "sigma1": sigma1}
+        _check_options(dim=dim, d1=d1, d2=d2, **positive, **_given(sigma2=sigma2))
         self.beta1, self.beta2, self.eta_enc, self.eta_dec, self.sigma1 = beta1, beta2, eta_enc, eta_dec, sigma1
         self.U1, self.W1 = _weight(dim, d1, generator), _weight(d1, dim, generator)
         self.U2, self.W2 = _weight(d1, d2, generator), _weight(d2, d1, generator)
@@ -528,14 +570,19 @@ class LinearHVAE2(nn.Module):
 
         Averages of quadratic functions over them, such as divergences, have no sampling error.
         """
-        d1 = len(self.W1)
+        x, d1 = self._rows(x), len(self.W1)
         steps = math.sqrt(d1) * self.sigma1 * torch.eye(d1, dtype=x.dtype, device=x.device)
         z1 = (x @ self.W1.mT)[:, None] + torch.cat([steps, -steps])
         mean = (z1 @ self.W2.mT).flatten(0, 1)
         return mean, self.log_var.exp().expand_as(mean)
 
     def exact_loss(self, moment: Tensor) -> Tensor:
-        """Expected loss for data with this second moment, without sampling."""
+        """Expected loss for data with this second moment, without sampling.
+
+        Raises:
+            ValueError: It is of another size.
+        """
+        moment = _sized(moment, len(self.U1), self.U1)
         var1, var2 = self.sigma1**2, self.log_var.exp()
         one, two = torch.eye(len(moment)).to(moment), torch.eye(len(self.W1)).to(moment)
         code = self.W1 @ moment @ self.W1.mT + var1 * two
@@ -546,6 +593,7 @@ class LinearHVAE2(nn.Module):
 
     def loss(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The loss with one sample of z1 and z2 for each row, averaged over rows."""
+        x = self._rows(x)
         mean1 = x @ self.W1.mT
         z1 = mean1 + self.sigma1 * _noise(mean1, generator)
         mean2, var2 = z1 @ self.W2.mT, self.log_var.exp()
@@ -558,6 +606,11 @@ class LinearHVAE2(nn.Module):
         """Minimise the expected loss by L-BFGS, in place; returns the loss reached."""
         return _minimise(self, moment, steps)
 
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape != (len(x), len(self.U1)):
+            raise ValueError(f"x has shape {tuple(x.shape)}: the model takes (n, {len(self.U1)})")
+        return x.to(self.U1)
+
 
 def _weight(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:
     return nn.Parameter(0.3 * torch.randn(rows, columns, generator=generator, dtype=torch.float64))
@@ -565,6 +618,12 @@ def _weight(rows: int, columns: int, generator: torch.Generator | None) -> nn.Pa
 
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _sized(moment: Tensor, size: int, like: Tensor) -> Tensor:
+    if moment.shape != (size, size):
+        raise ValueError(f"the second moment has shape {tuple(moment.shape)}: give ({size}, {size})")
+    return moment.to(like)
 
 
 def _trace(A: Tensor, moment: Tensor) -> Tensor:
@@ -624,7 +683,9 @@ class CollapseReport(NamedTuple):
         if predicted is None or not lost:
             return text + ("." if not lost else ": lower beta or eta_dec, or fix the encoder's variance.")
         possible = int((predicted.spectrum > 0).sum())
-        bounds = predicted.recommend(min(len(self.kl), possible)) if possible else {}
+        if not possible:
+            return f"{text}, and the linear theory finds nothing that the variables could code in such data."
+        bounds = predicted.recommend(min(len(self.kl), possible))
         change = ", ".join(
             f"{name} {'above' if name == 'beta1' else 'below'} {value:.3g}" for name, value in bounds.items()
         )
@@ -643,7 +704,7 @@ class CollapseReport(NamedTuple):
         return figure
 
 
-class PosteriorCollapse(Metric):
+class PosteriorCollapse(StreamedMetric):
     """Measures the collapse of any VAE with a Gaussian posterior, over batches (arXiv 2306.05023).
 
     KL_j(x) = (mu^2 / eta^2 + s^2 / eta^2 - log(s^2 / eta^2) - 1) / 2, without beta, for each sample and variable. What the
@@ -653,7 +714,7 @@ class PosteriorCollapse(Metric):
         dims: Latent variables d.
         prior_std: Standard deviation eta of the prior.
         delta: Share of samples that may lie above epsilon in a collapsed variable.
-        epsilons: Levels to count at; 0.01 is always among them.
+        epsilons: Levels to count at, in nats; None takes 0.1, 0.2 and so on up to 6. 0.01 is always among them.
         **options: Of torchmetrics.
 
     Raises:
@@ -667,10 +728,10 @@ class PosteriorCollapse(Metric):
         (0.5, [True, False])
     """
 
-    full_state_update = False
     below: Tensor
     total: Tensor
     count: Tensor
+    levels: Tensor
 
     def __init__(
         self,
@@ -678,20 +739,23 @@ class PosteriorCollapse(Metric):
         *,
         prior_std: float = 1.0,
         delta: float = 0.05,
-        epsilons: Sequence[float] = tuple(np.linspace(0.1, 6, 60)),
+        epsilons: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         _check_options(dims=dims, prior_std=prior_std)
         if not 0 <= delta < 1:
             raise ValueError(f"delta is {delta}: give a share of samples from 0 to below 1")
-        if any(not (math.isfinite(level) and level > 0) for level in epsilons):
-            raise ValueError("epsilons must be positive and finite")
+        given = np.linspace(0.1, 6, 60).tolist() if epsilons is None else [float(level) for level in epsilons]
+        if any(not (math.isfinite(level) and level > 0) for level in given):
+            raise ValueError(f"epsilons are {given}: give levels that are positive and finite")
         self.dims, self.prior_std, self.delta = dims, prior_std, delta
-        self.epsilons = sorted({0.01, *map(float, epsilons)})
+        self.epsilons = sorted({0.01, *given})
         self.add_state("total", torch.zeros(dims, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("below", torch.zeros(len(self.epsilons), dims, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # A state as well, although it never changes: a MetricCollection lets metrics of equal states share them.
+        self.add_state("levels", torch.tensor(self.epsilons, dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, mu: Tensor, var: Tensor) -> None:
         """Take in the posteriors of a batch.
@@ -702,13 +766,14 @@ class PosteriorCollapse(Metric):
 
         Raises:
             ValueError: Shapes do not fit, values are not finite, or a variance is not positive.
+            TypeError: They are no real numbers.
         """
         mu, var = posteriors(mu, var, self.dims)
         ratio = var / self.prior_std**2
         kl = 0.5 * (mu**2 / self.prior_std**2 + ratio - ratio.log() - 1)
-        self.total += kl.sum(0)
-        self.below += torch.stack([(kl < level).sum(0) for level in self.epsilons])
-        self.count += len(kl)
+        self.total = self.total + kl.sum(0)
+        self.below = self.below + torch.stack([(kl < level).sum(0) for level in self.levels])
+        self.count = self.count + len(kl)
 
     def compute(self) -> CollapseReport:
         """The report over all batches.
@@ -717,7 +782,7 @@ class PosteriorCollapse(Metric):
             ValueError: No sample has been seen.
         """
         if not self.count:
-            raise ValueError("no sample has been seen: call update with posterior means and variances first")
+            self._untold("no sample has been seen: call update with posterior means and variances first")
         below, samples = (self.below.double() / self.count).cpu().numpy(), int(self.count)
         levels = np.array(self.epsilons)
         active = 1 - float(below[int(np.argmin(abs(levels - 0.01)))].mean())
@@ -748,32 +813,38 @@ def posteriors(mu: Tensor, var: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: Shapes do not fit, values are not finite, or a variance is not positive.
+        TypeError: They are no real numbers.
     """
+    mu, var = as_numbers(mu, "mu"), as_numbers(var, "var")
     if mu.shape != var.shape or mu.ndim != 2 or mu.shape[1] != dims:
         raise ValueError(f"mu is {tuple(mu.shape)} and var {tuple(var.shape)}: give both as (samples, {dims})")
     if not (mu.isfinite().all() and var.isfinite().all()):
         raise ValueError("mu or var holds NaN or infinite values: the encoder has diverged")
     if not (var > 0).all():
         raise ValueError("var holds values that are not positive: give variances, not log-variances")
-    return mu.detach().double(), var.detach().double()
+    return mu.double(), var.double()
 
 
-@torch.no_grad()
 def stream(metric: Callable[..., Any], encoder: Encoder, loader: Iterable[Any], **options: Any) -> Any:
-    """A metric of posteriors over all batches of a loader; the encoder is left in the mode it was in."""
+    """A metric of posteriors over all batches of a loader; between batches the encoder is as it was.
+
+    Raises:
+        ValueError: The loader is empty.
+        TypeError: The encoder gives something else than means and log-variances.
+    """
     module = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
-    training = isinstance(module, nn.Module) and module.training
-    if isinstance(module, nn.Module):
-        module.eval()
     meter = None
-    try:
-        for batch in loader:
-            mu, log_var = encoder(batch[0] if isinstance(batch, tuple | list) else batch)
-            meter = metric(mu.shape[-1], **options).to(mu.device) if meter is None else meter
-            meter.update(mu, log_var.exp())
-    finally:
-        if isinstance(module, nn.Module):
-            module.train(training)
+    for batch in loader:
+        with evaluated(module):
+            given = encoder(to_device_of(module, batch[0] if isinstance(batch, tuple | list) else batch))
+        if not (isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)):
+            raise TypeError(
+                f"the encoder gives a {type(given).__name__}: two tensors, means and log-variances, are wanted"
+            )
+        mu, log_var = given
+        meter = metric(mu.shape[-1] if mu.ndim else 1, **options).to(mu.device) if meter is None else meter
+        # In half precision the variance of a sure variable would be rounded to 0.
+        meter.update(mu, log_var.double().exp())
     if meter is None:
         raise ValueError("the loader is empty: give at least one batch")
     return meter

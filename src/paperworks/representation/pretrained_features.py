@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.linalg import orthogonal_procrustes
 from scipy.optimize import linear_sum_assignment
@@ -21,6 +23,7 @@ from scipy.special import logsumexp, xlogy
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone, is_classifier
 from sklearn.cluster import kmeans_plusplus
 from sklearn.ensemble import StackingClassifier, StackingRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import accuracy_score, mean_squared_error, r2_score, zero_one_loss
@@ -29,7 +32,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array, check_consistent_length, check_random_state, get_tags
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 Array = NDArray[np.float64]
@@ -63,7 +67,7 @@ class FactorModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: ArrayLike, y: None = None) -> Self:
         """Fit samples (m, d); `y` is not looked at."""
-        X = _varied(X)
+        X = _varied(validate_data(self, X, dtype=np.float64))
         m, d = X.shape
         r, known = self.n_components, self.noise_variance
         if not 1 <= r <= min(d, m - 1):
@@ -72,12 +76,11 @@ class FactorModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"noise_variance is a number of at least 0, or None to estimate it, got {known}")
         self.mean_ = X.mean(0)
         centred = X - self.mean_
-        if m > d:
-            eigenvalues, directions = np.linalg.eigh(centred.T @ centred / m)
-            eigenvalues, directions = np.maximum(eigenvalues[::-1], 0), directions.T[::-1]
-        else:
-            _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-            eigenvalues = singular**2 / m
+        # Not of the covariance: noise less than 1e-8 times the signal would be lost in its rounding.
+        _, singular, directions = np.linalg.svd(
+            np.linalg.qr(centred, mode="r") if m > d else centred, full_matrices=False
+        )
+        eigenvalues = singular**2 / m
         # Where d > m the eigenvalues beyond the samples' are zeros, and count.
         self.noise_variance_ = float(eigenvalues[r:].sum() / max(1, d - r)) if known is None else float(known)
         self.loadings_ = directions[:r].T * np.sqrt(np.maximum(eigenvalues[:r] - self.noise_variance_, 0))
@@ -87,7 +90,7 @@ class FactorModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """Posterior means (B^T B + s^2 I)^(-1) B^T (x - mean), (n, r)."""
         check_is_fitted(self)
         B = self.loadings_
-        centred = _samples(X, len(self.mean_)) - self.mean_
+        centred = validate_data(self, X, reset=False, dtype=np.float64) - self.mean_
         precision = B.T @ B + self.noise_variance_ * np.eye(B.shape[1])
         return (np.linalg.pinv(precision, hermitian=True) @ B.T @ centred.T).T
 
@@ -100,7 +103,7 @@ class FactorModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         smallest = self.noise_variance_ if d > r else variances.min()
         if smallest <= np.finfo(float).eps * variances.max():
             raise ValueError("the noise variance is 0, which leaves no density: take fewer components or more samples")
-        centred = _samples(X, len(self.mean_)) - self.mean_
+        centred = validate_data(self, X, reset=False, dtype=np.float64) - self.mean_
         inside = centred @ directions
         squared = (inside**2 / variances).sum(1)
         constant = d * math.log(2 * math.pi) + np.log(variances).sum()
@@ -116,6 +119,8 @@ class FactorModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def divergences(self, true: FactorModel, rng: np.random.RandomState) -> tuple[float, float]:
         """KL(self, true) in nats, of p(x, z) after the best rotation of z, and of p(x); both in closed form."""
         d, s, t = len(self.mean_), self.noise_variance_, true.noise_variance_
+        if not min(s, t) > 0:
+            raise ValueError("the noise variance is 0, which leaves no density: take fewer components or more samples")
         rotation, _ = orthogonal_procrustes(self.loadings_, true.loadings_)
         shift = self.mean_ - true.mean_
         moved = ((self.loadings_ @ rotation - true.loadings_) ** 2).sum() + (shift**2).sum()
@@ -137,16 +142,23 @@ class ComponentTable(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         table_: Index of each component's class (K,).
 
     Raises:
-        ValueError: All labels are the same.
+        ValueError: All labels are the same, some are missing, or the features are no responsibilities.
+
+    Example:
+        >>> table = ComponentTable().fit(np.eye(3)[[0, 0, 1, 2]], ["a", "a", "b", "a"])
+        >>> table.predict(np.eye(3)).tolist()
+        ['a', 'b', 'a']
     """
 
     def fit(self, responsibilities: ArrayLike, y: ArrayLike) -> Self:
         """Fit responsibilities (n, K) with labels (n,)."""
-        Z = check_array(responsibilities, dtype=np.float64)
-        check_consistent_length(Z, y)
-        self.classes_, codes = np.unique(np.asarray(y), return_inverse=True)
+        Z, labels = validate_data(self, responsibilities, _without_gaps(y), dtype=np.float64)
+        _shares(Z)
+        self.classes_, codes = np.unique(_classes(labels), return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"labels are of two or more classes, got only {self.classes_[0]!r}: label some of another")
+            raise ValueError(
+                f"labels are of two or more classes, got one class, {self.classes_[0]}: label some of another"
+            )
         counts = np.zeros((Z.shape[1], len(self.classes_)))
         np.add.at(counts, (Z.argmax(1), codes), 1)
         tied = (counts == counts.max(1, keepdims=True)).sum(1) > 1
@@ -156,12 +168,25 @@ class ComponentTable(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, responsibilities: ArrayLike) -> NDArray[Any]:
         """Class of each sample's likeliest component (n,)."""
         check_is_fitted(self)
-        return self.classes_[self.table_[check_array(responsibilities).argmax(1)]]
+        Z = _shares(validate_data(self, responsibilities, reset=False, dtype=np.float64))
+        return self.classes_[self.table_[Z.argmax(1)]]
 
     def predict_proba(self, responsibilities: ArrayLike) -> Array:
         """Probability of each class (n, classes)."""
         check_is_fitted(self)
-        return check_array(responsibilities) @ np.eye(len(self.classes_))[self.table_]
+        Z = _shares(validate_data(self, responsibilities, reset=False, dtype=np.float64))
+        return Z @ np.eye(len(self.classes_))[self.table_]
+
+
+class _Climb(NamedTuple):
+    """Where one start of expectation maximisation leads."""
+
+    likelihood: float
+    means: Array
+    weights: Array
+    variance: float
+    rounds: int
+    converged: bool
 
 
 class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -180,6 +205,7 @@ class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         means_: u, (K, d).
         weights_: (K,).
         variance_: s^2.
+        n_iter_: Rounds of the start that was kept.
 
     Raises:
         ValueError: Too many components, a variance that is not positive, features that are constant or not finite.
@@ -206,7 +232,7 @@ class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: ArrayLike, y: None = None) -> Self:
         """Fit samples (m, d); `y` is not looked at."""
-        X = _varied(X)
+        X = _varied(validate_data(self, X, dtype=np.float64))
         distinct = len(np.unique(X, axis=0))
         if not 1 <= self.n_components <= distinct - (self.variance is None):
             raise ValueError(f"{self.n_components} components need more distinct samples, got {distinct}")
@@ -215,25 +241,36 @@ class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if self.n_init < 1 or self.max_iter < 1:
             raise ValueError(f"n_init and max_iter are at least 1, got {self.n_init} and {self.max_iter}")
         random = check_random_state(self.random_state)
-        reached = [self._climb(X, random) for _ in range(self.n_init)]
-        _, self.means_, self.weights_, self.variance_ = max(reached, key=lambda one: one[0])
+        # Near zero, where distances by inner products, as k-means++ takes them, lose no digits.
+        centre = X.mean(0)
+        best = max((self._climb(X - centre, random) for _ in range(self.n_init)), key=lambda one: one.likelihood)
+        if not best.converged:
+            warnings.warn(
+                f"the likeliest start had not converged after max_iter={self.max_iter} rounds: allow more, or a larger tol",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self.means_, self.weights_ = best.means + centre, best.weights
+        self.variance_, self.n_iter_ = best.variance, best.rounds
         return self
 
-    def _climb(self, X: Array, random: np.random.RandomState) -> tuple[float, Array, Array, float]:
-        """Log-likelihood, means, weights and variance from one start."""
+    def _climb(self, X: Array, random: np.random.RandomState) -> _Climb:
+        """Where one start leads."""
         K, d = self.n_components, X.shape[1]
         means, _ = kmeans_plusplus(X, K, random_state=random)
         weights = np.full(K, 1 / K)
+        spread = X.var(0).mean()
         least = cdist(X, means, "sqeuclidean").min(1).mean() / d
-        variance = self.variance or max(least, X.var(0).mean() * 1e-6)
-        before = -math.inf
-        for _ in range(self.max_iter):
+        variance = self.variance or max(least, spread * 1e-6)
+        rounds, before = 0, -math.inf
+        while True:
             joint = _log_joint(X, means, weights, variance)
             evidence = logsumexp(joint, axis=1)
             reached = float(evidence.mean())
-            if reached - before < self.tol:
+            gained = reached - before
+            if gained < self.tol or rounds == self.max_iter:
                 break
-            before = reached
+            rounds, before = rounds + 1, reached
             shares = np.exp(joint - evidence[:, None])
             sizes = shares.sum(0) + 10 * np.finfo(float).eps
             means = shares.T @ X / sizes[:, None]
@@ -241,9 +278,9 @@ class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
                 weights = sizes / sizes.sum()
             if self.variance is None:
                 variance = float((shares * cdist(X, means, "sqeuclidean")).sum() / X.size)
-                if not variance > 1e-12 * X.var():
+                if not variance > 1e-12 * spread:
                     raise ValueError(f"the variance fell to 0 with {K} components: take fewer, or give the variance")
-        return reached, means, weights, float(variance)
+        return _Climb(reached, means, weights, float(variance), rounds, gained < self.tol)
 
     def transform(self, X: ArrayLike) -> Array:
         """Responsibilities P(z = k | x), (n, K)."""
@@ -266,11 +303,14 @@ class MixtureModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         joint = cost[linear_sum_assignment(cost)].sum()
         drawn = self.means_[rng.choice(len(self.weights_), size=20_000, p=self.weights_)]
         drawn = drawn + math.sqrt(s) * rng.standard_normal(drawn.shape)
-        return float(joint), float((self.score_samples(drawn) - true.score_samples(drawn)).mean())
+        apart = self.score_samples(drawn) - true.score_samples(drawn)
+        # exp(-apart) - 1 is 0 on average; with it no draw is below 0, so that near fits keep an order.
+        return float(joint), float((apart + np.expm1(-apart)).mean())
 
     def _log_joint(self, X: ArrayLike) -> Array:
         check_is_fitted(self)
-        return _log_joint(_samples(X, self.means_.shape[1]), self.means_, self.weights_, self.variance_)
+        samples = validate_data(self, X, reset=False, dtype=np.float64)
+        return _log_joint(samples, self.means_, self.weights_, self.variance_)
 
 
 def contrastive_loss(embedded: Tensor, other: Tensor, similar: Tensor) -> Tensor:
@@ -282,9 +322,22 @@ def contrastive_loss(embedded: Tensor, other: Tensor, similar: Tensor) -> Tensor
         similar: 1 where the two are similar, 0 where not, (m,).
 
     Returns:
-        The loss in nats, a scalar.
+        The loss in nats, a scalar; in float32 where embeddings are narrower.
+
+    Raises:
+        ValueError: Shapes that do not fit.
+
+    Example:
+        >>> round(float(contrastive_loss(torch.zeros(4, 2), torch.ones(4, 2), torch.ones(4))), 4)
+        0.6931
     """
-    return F.binary_cross_entropy_with_logits((embedded * other).sum(-1), similar.to(embedded.dtype))
+    if embedded.ndim != 2 or embedded.shape != other.shape or similar.shape != embedded.shape[:1]:
+        raise ValueError(
+            f"embeddings are two of (m, r), and similar (m,), got {tuple(embedded.shape)}, {tuple(other.shape)} and "
+            f"{tuple(similar.shape)}"
+        )
+    dtype = torch.promote_types(embedded.dtype, torch.float32)
+    return F.binary_cross_entropy_with_logits((embedded.to(dtype) * other.to(dtype)).sum(1), similar.to(dtype))
 
 
 class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -292,7 +345,8 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         n_components: Length r of f(x).
-        encoder: f, a module from (m, d) to (m, r); None takes the linear f(x) = Theta x. It is copied, not changed.
+        encoder: f, a module from (m, d) to (m, r); None takes the linear f(x) = Theta x. It is copied, not changed, and
+            evaluated as it will be used, without dropout; in float32 where it is narrower.
         max_iter: Iterations of L-BFGS at most.
         random_state: Of the beginning of a linear f, which must not be zero: that is a saddle.
 
@@ -301,7 +355,8 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         encoder_: The fitted module where one was given.
 
     Raises:
-        ValueError: No pairs are given, or values are not finite or similarities not two-valued.
+        ValueError: No pairs are given, values are not finite or similarities not two-valued, an encoder without
+            parameters or of another length, or a fit that diverges.
 
     Example:
         >>> x, other = np.random.default_rng(0).normal(size=(2, 200, 4))
@@ -321,17 +376,28 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, pairs: Pairs, y: None = None) -> Self:
         """Fit pairs (X, X', s) of (m, d), (m, d) and (m,) with s in {0, 1} or {-1, 1}; `y` is not looked at."""
-        X, other, similar = _pairs(pairs)
+        X, other, similar = _pairs(self, pairs, reset=True)
         if self.n_components < 1 or self.max_iter < 1:
             raise ValueError(f"n_components and max_iter are at least 1, got {self.n_components} and {self.max_iter}")
         random = check_random_state(self.random_state)
+        unit = 1.0
         if self.encoder is None:
+            # What L-BFGS takes for no slope is an absolute number, so inputs are brought to one size.
+            unit = math.sqrt((np.square(X).mean() + np.square(other).mean()) / 2) or 1.0
             encoder: nn.Module = nn.Linear(X.shape[1], self.n_components, bias=False, dtype=torch.float64)
             beginning = random.standard_normal((self.n_components, X.shape[1])) / math.sqrt(X.shape[1])
             encoder.weight.data = torch.from_numpy(beginning)  # type: ignore[assignment]
         else:
-            encoder = clone(self.encoder, safe=False)
-        given = [one.to(next(encoder.parameters())) for one in map(torch.from_numpy, (X, other, similar))]
+            encoder = clone(self.encoder, safe=False).eval()
+            if not any(one.requires_grad for one in encoder.parameters()):
+                raise ValueError("the encoder has no parameters to fit: give one that has, or encoder=None")
+            if next(encoder.parameters()).dtype in (torch.float16, torch.bfloat16):
+                encoder = encoder.float()
+        given = [torch.from_numpy(one).to(next(encoder.parameters())) for one in (X / unit, other / unit, similar)]
+        with torch.no_grad():
+            length = encoder(given[0][:1]).shape[1:]
+        if length != (self.n_components,):
+            raise ValueError(f"the encoder gives (m, {self.n_components}), got (m, {', '.join(map(str, length))})")
         optimiser = torch.optim.LBFGS(
             encoder.parameters(), max_iter=self.max_iter, tolerance_grad=1e-9, tolerance_change=1e-12,
             line_search_fn="strong_wolfe",
@@ -344,8 +410,10 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             return loss
 
         optimiser.step(closure)  # type: ignore[no-untyped-call]
+        if not all(bool(one.isfinite().all()) for one in encoder.parameters()):
+            raise ValueError("the fit diverged: scale the inputs down, or take an encoder with a bounded output")
         if self.encoder is None:
-            self.theta_ = encoder.weight.detach().numpy()  # type: ignore[operator]
+            self.theta_ = encoder.weight.detach().numpy() / unit  # type: ignore[operator]
         else:
             self.encoder_ = encoder
         return self
@@ -353,20 +421,24 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def transform(self, X: ArrayLike) -> Array:
         """f(x), (n, r)."""
         check_is_fitted(self)
+        return self._embedded(validate_data(self, X, reset=False, dtype=np.float64))
+
+    def _embedded(self, samples: Array) -> Array:
         if self.encoder is None:
-            return _samples(X, self.theta_.shape[1]) @ self.theta_.T
+            return samples @ self.theta_.T
         with torch.no_grad():
-            given = torch.from_numpy(_samples(X)).to(next(self.encoder_.parameters()))
+            given = torch.from_numpy(samples).to(next(self.encoder_.parameters()))
             return self.encoder_(given).double().cpu().numpy()
 
     def score(self, pairs: Pairs, y: None = None) -> float:
         """Mean log-likelihood of pairs, in nats."""
-        X, other, similar = _pairs(pairs)
-        embedded, to = (torch.from_numpy(self.transform(one)) for one in (X, other))
+        check_is_fitted(self)
+        X, other, similar = _pairs(self, pairs)
+        embedded, to = (torch.from_numpy(self._embedded(one)) for one in (X, other))
         return -float(contrastive_loss(embedded, to, torch.from_numpy(similar)))
 
 
-class PretrainedFeatures(BaseEstimator):  # type: ignore[misc]
+class PretrainedFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Fit a latent-variable model to unlabelled data, then a small predictor from its features to labels (arXiv 2303.01566).
 
     The model sees no labels. With a factor model the excess risk is of order sqrt(d r / m) + sqrt(r / n), against
@@ -408,37 +480,41 @@ class PretrainedFeatures(BaseEstimator):  # type: ignore[misc]
             X_unlabeled: Unlabelled samples (m, d).
             pairs: For a contrastive model, (X, X', s) in place of unlabelled samples.
         """
-        X = _samples(X)
-        check_consistent_length(X, y)
+        samples, y = _labelled(self, X, y)
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip is above 0, or None, got {self.clip}")
         if pairs is not None and X_unlabeled is not None:
             raise ValueError("give X_unlabeled or pairs, not both: a model is fitted to one of them")
-        self.model_ = clone(self.model, safe=False).fit(_observed(X, X_unlabeled, pairs), None)
-        Z = self.model_.transform(X)
+        self.model_ = clone(self.model, safe=False).fit(_observed(self, samples, X_unlabeled, pairs), None)
+        Z = self._features(X, samples)
         self.predictor_ = clone(self._predictor())
         if isinstance(self.predictor_, LinearRegression) and len(Z) < Z.shape[1] + self.predictor_.fit_intercept:
             raise ValueError(
-                f"{len(Z)} labelled samples do not determine least squares on {Z.shape[1]} features: label more, take "
-                "fewer components, or predictor=Ridge()"
+                f"least squares on {Z.shape[1]} features is not determined by n_samples={len(Z)} with labels: label more, "
+                "take fewer components, or predictor=Ridge()"
             )
         self.predictor_.fit(Z, y)
-        self.n_features_in_ = X.shape[1]
         return self
 
     def transform(self, X: ArrayLike) -> Array:
         """Features of samples (n, r)."""
         check_is_fitted(self)
-        return self.model_.transform(_samples(X, self.n_features_in_))
+        return self._features(X, validate_data(self, X, reset=False, dtype=np.float64))
+
+    def _features(self, X: ArrayLike, checked: Array) -> Array:
+        # A frozen model that was fitted to named columns checks the names itself.
+        return self.model_.transform(X if hasattr(self.model_, "feature_names_in_") else checked)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Labels or targets of samples (n,)."""
+        check_is_fitted(self)
         predicted = self.predictor_.predict(self.transform(X))
         return predicted if self.clip is None else np.clip(predicted, -self.clip, self.clip)
 
     @available_if(lambda self: hasattr(self._predictor(), "predict_proba"))  # type: ignore[untyped-decorator]
     def predict_proba(self, X: ArrayLike) -> Array:
         """Probability of each class (n, classes)."""
+        check_is_fitted(self)
         return self.predictor_.predict_proba(self.transform(X))
 
     @property
@@ -457,38 +533,56 @@ class PretrainedFeatures(BaseEstimator):  # type: ignore[misc]
             TypeError: The model or predictor is not one of this module, `LinearRegression`, `Ridge` or `LogisticRegression`.
         """
         check_is_fitted(self)
-        config: dict[str, Any] = {"clip": self.clip, "n_features": self.n_features_in_}
+        config: dict[str, Any] = {
+            "clip": self.clip,
+            "n_features": self.n_features_in_,
+            "features": list(getattr(self, "feature_names_in_", [])),
+        }
         arrays: dict[str, NDArray[Any]] = {}
         for part in ("model", "predictor"):
             fitted = getattr(self, f"{part}_")
             fitted = fitted.estimator if isinstance(fitted, FrozenEstimator) else fitted
-            if type(fitted).__name__ not in _SAVED or hasattr(fitted, "encoder_"):
+            if _SAVED.get(type(fitted).__name__) is not type(fitted) or hasattr(fitted, "encoder_"):
                 raise TypeError(f"{fitted} cannot be saved, only {', '.join(_SAVED)}: keep its parameters yourself")
             values = {name: np.asarray(value) for name, value in vars(fitted).items() if name.endswith("_")}
             text = {name: value.tolist() for name, value in values.items() if value.dtype.kind in "UO"}
             options = {name: value for name, value in fitted.get_params().items() if name != "random_state"}
-            config[part] = {"class": type(fitted).__name__, "options": options, "fitted": text}
-            arrays |= {f"{part}.{name}": np.array(values[name], order="C") for name in values.keys() - text.keys()}
+            numbers = sorted(values.keys() - text.keys())
+            config[part] = {"class": type(fitted).__name__, "options": options, "fitted": text, "arrays": numbers}
+            arrays |= {f"{part}.{name}": np.array(values[name], order="C") for name in numbers}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        # Options may be of NumPy's types.
+        written = json.dumps(config, indent=1, default=lambda value: value.tolist())
+        (folder / "config.json").write_text(written, encoding="utf-8")
         save_file(arrays, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read what `save_pretrained` wrote."""
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        arrays, parts = load_file(Path(folder) / "model.safetensors"), {}
-        for part in ("model", "predictor"):
-            kept = config[part]
-            parts[part] = fitted = _SAVED[kept["class"]](**kept["options"])
-            for name, text in kept["fitted"].items():
-                setattr(fitted, name, np.asarray(text))
-            for name, value in arrays.items():
-                if name.startswith(f"{part}."):
-                    setattr(fitted, name.removeprefix(f"{part}."), value if value.ndim else value.item())
-        found = cls(**parts, clip=config["clip"])
-        found.model_, found.predictor_, found.n_features_in_ = parts["model"], parts["predictor"], config["n_features"]
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: The folder holds none, or a damaged one.
+        """
+        parts = {}
+        try:
+            config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            arrays = load_file(Path(folder) / "model.safetensors")
+            for part in ("model", "predictor"):
+                kept = config[part]
+                parts[part] = fitted = _SAVED[kept["class"]](**kept["options"])
+                for name, text in kept["fitted"].items():
+                    setattr(fitted, name, np.asarray(text, dtype=object if name == "feature_names_in_" else None))
+                for name in kept["arrays"]:
+                    value = arrays[f"{part}.{name}"]
+                    setattr(fitted, name, value if value.ndim else value.item())
+            found = cls(**parts, clip=config["clip"])
+            found.n_features_in_ = config["n_features"]
+            if config["features"]:
+                found.feature_names_in_ = np.array(config["features"], dtype=object)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no saved {cls.__name__}, or a damaged one: {error}") from error
+        found.model_, found.predictor_ = parts["model"], parts["predictor"]
         return found
 
     def _predictor(self) -> Any:
@@ -502,6 +596,7 @@ class PretrainedFeatures(BaseEstimator):  # type: ignore[misc]
         tags, inner = super().__sklearn_tags__(), get_tags(self._predictor())
         tags.estimator_type, tags.target_tags = inner.estimator_type, inner.target_tags
         tags.classifier_tags, tags.regressor_tags = inner.classifier_tags, inner.regressor_tags
+        tags.target_tags.required = True
         return tags
 
 
@@ -614,9 +709,9 @@ def informativeness(
         raise TypeError(f"kappa is estimated for a FactorModel or MixtureModel, got {type(model).__name__}")
     if draws < 1:
         raise ValueError(f"draws is at least 1, got {draws}")
-    X, random = _samples(X), check_random_state(random_state)
-    true = clone(model).fit(X)
-    fits = (clone(model).fit(X[random.randint(len(X), size=len(X))]) for _ in range(draws))
+    samples, random = check_array(X, dtype=np.float64), check_random_state(random_state)
+    true = clone(model).fit(samples)
+    fits = (clone(model).fit(samples[random.randint(len(samples), size=len(samples))]) for _ in range(draws))
     joint, marginal = np.array([one.divergences(true, random) for one in fits]).T
     return Informativeness(joint, marginal)
 
@@ -705,8 +800,10 @@ def compare_pretraining(
     candidates = dict(models) if isinstance(models, Mapping) else {str(one): one for one in models}
     if not candidates:
         raise ValueError("models is empty: give candidates, say [FactorModel(r) for r in (1, 2, 4)]")
-    X, random = _samples(X), check_random_state(random_state)
-    y, seen = np.asarray(y), _observed(X, X_unlabeled, pairs)
+    random = check_random_state(random_state)
+    checks = PretrainedFeatures(next(iter(candidates.values())), predictor)
+    X, y = _labelled(checks, X, y)
+    seen = _observed(checks, X, X_unlabeled, pairs)
     splits = list(KFold(folds, shuffle=True, random_state=random).split(seen[0] if isinstance(seen, tuple) else seen))
     likelihoods = {
         name: float(np.mean([clone(one).fit(_rows(seen, kept)).score(_rows(seen, out)) for kept, out in splits]))
@@ -730,14 +827,49 @@ def compare_pretraining(
         name: np.array([risk(y[out], clone(one).fit(X[kept], y[kept]).predict(X[out])) for kept, out in folded])
         for name, one in (*both, ("stacked", stacked))
     }
+    if hasattr(checks, "feature_names_in_"):
+        model.feature_names_in_ = checks.feature_names_in_
     return PretrainingReport(likelihoods, model, risks)
 
 
-def _observed(X: Array, X_unlabeled: ArrayLike | None, pairs: Pairs | None) -> Any:
-    """What a model is fitted to: the pairs, or labelled and unlabelled samples together."""
+def _labelled(estimator: Any, X: ArrayLike, y: ArrayLike) -> tuple[Array, NDArray[Any]]:
+    """Samples in float64 and their labels or targets, both without gaps; keeps the columns' names."""
+    classify = is_classifier(estimator)
+    samples, targets = validate_data(
+        estimator, X, _without_gaps(y) if classify else y, dtype=np.float64, multi_output=not classify,
+        y_numeric=not classify,
+    )  # fmt: skip
+    return samples, _classes(targets) if classify else targets
+
+
+def _classes(labels: NDArray[Any]) -> NDArray[Any]:
+    """Labels, once they are known to name classes."""
+    check_classification_targets(labels)
+    return labels
+
+
+def _without_gaps(labels: ArrayLike) -> ArrayLike:
+    """Labels none of which is None, NaN or pandas' NA, of which NumPy would make a class "nan" where others are text."""
+    if labels is not None and any(map(_is_gap, np.asarray(labels, dtype=object).ravel())):
+        raise ValueError("y contains NaN, None or NA, which are no class: take these samples out")
+    return labels
+
+
+def _is_gap(label: Any) -> bool:
+    try:
+        return label is None or not bool(label == label)
+    except TypeError:
+        return True
+
+
+def _observed(estimator: Any, X: Array, X_unlabeled: ArrayLike | None, pairs: Pairs | None) -> Any:
+    """What a model is fitted to: the pairs, or labelled and unlabelled samples together, of the same columns as X."""
     if pairs is not None:
-        return pairs
-    return X if X_unlabeled is None else np.concatenate([_samples(X_unlabeled, X.shape[1]), X])
+        _three(pairs)
+        return (*(validate_data(estimator, one, reset=False, dtype=np.float64) for one in pairs[:2]), pairs[2])
+    if X_unlabeled is None:
+        return X
+    return np.concatenate([validate_data(estimator, X_unlabeled, reset=False, dtype=np.float64), X])
 
 
 def _rows(data: Any, chosen: NDArray[np.int64]) -> Any:
@@ -750,27 +882,31 @@ def _log_joint(X: Array, means: Array, weights: Array, variance: float) -> Array
         return np.log(weights) - (cdist(X, means, "sqeuclidean") / variance + constant) / 2
 
 
-def _samples(X: ArrayLike, features: int | None = None) -> Array:
-    """Finite samples in float64, of so many features."""
-    checked: Array = check_array(X, dtype=np.float64)
-    if features is not None and checked.shape[1] != features:
-        raise ValueError(f"samples have {features} features, got {checked.shape[1]}")
-    return checked
+def _shares(Z: Array) -> Array:
+    """Responsibilities, once they are known to be some."""
+    # float32's add up to 1 but for rounding.
+    if Z.min() < 0 or np.abs(Z.sum(1) - 1).max() > 1e-3:
+        raise ValueError("responsibilities are at least 0 and add up to 1: take another predictor for other features")
+    return Z
 
 
-def _varied(X: ArrayLike) -> Array:
-    """Samples to fit a density to."""
-    checked = _samples(X)
-    if bool((checked == checked[0]).all()):
-        raise ValueError(f"all {len(checked)} samples are the same: a density takes two or more that differ")
-    return checked
+def _varied(samples: Array) -> Array:
+    """Samples that a density can be fitted to."""
+    if bool((samples == samples[0]).all()):
+        raise ValueError(f"a density takes two or more samples that differ, got n_samples={len(samples)} of one value")
+    return samples
 
 
-def _pairs(pairs: Pairs) -> tuple[Array, Array, Array]:
+def _three(pairs: Pairs) -> None:
     if not isinstance(pairs, tuple | list) or len(pairs) != 3:
         raise ValueError("a contrastive model is fitted to pairs (X, X', s): give PretrainedFeatures.fit its pairs")
-    X, other = _samples(pairs[0]), _samples(pairs[1])
-    similar = np.asarray(pairs[2], dtype=np.float64)
+
+
+def _pairs(estimator: Any, pairs: Pairs, *, reset: bool = False) -> tuple[Array, Array, Array]:
+    _three(pairs)
+    X = validate_data(estimator, pairs[0], reset=reset, dtype=np.float64)
+    other = validate_data(estimator, pairs[1], reset=False, dtype=np.float64)
+    similar = check_array(pairs[2], dtype=np.float64, ensure_2d=False, input_name="s")
     check_consistent_length(X, other, similar)
     values = set(np.unique(similar))
     if X.shape != other.shape or not (values == {0.0, 1.0} or values == {-1.0, 1.0}):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor
+
+from paperworks.representation.features import as_numbers
 
 
 @dataclass(frozen=True)
@@ -68,20 +71,20 @@ def frame_geometry(
 
     Raises:
         ValueError: Values out of range, or classes of one size of which only some fit into `rank`.
+        TypeError: Counts that are no real numbers.
 
     Example:
         >>> frame_geometry([40, 20, 10, 10], lam_w=0.01, lam_h=0.01).weight_squared.round(decimals=4).tolist()
         [5.5246, 3.6721, 2.3623, 2.3623]
     """
-    n = torch.as_tensor(counts, dtype=torch.float64)
-    if n.ndim != 1 or len(n) < 2 or not bool((n >= 1).all()):
-        raise ValueError(f"counts are at least two class sizes of 1 or more, got {n.tolist()}")
-    if not (lam_w > 0 and lam_h > 0) or depth < 1:
-        raise ValueError(f"decays are above 0 and depth at least 1, got lam_w={lam_w}, lam_h={lam_h}, depth={depth}")
+    n = _sizes(counts)
+    _check_decays(lam_w, lam_h)
+    if not isinstance(depth, Integral) or depth < 1:
+        raise ValueError(f"depth is a number of layers, at least 1, got {depth}")
     total, keep = float(n.sum()), torch.ones(len(n), dtype=torch.bool)
     if rank is not None and rank < len(n):
-        if rank < 1:
-            raise ValueError(f"rank is at least 1, got {rank}")
+        if not isinstance(rank, Integral) or rank < 1:
+            raise ValueError(f"rank is a width of at least 1, got {rank}")
         ordered = n.sort(descending=True).values
         if ordered[rank - 1] == ordered[rank]:
             raise ValueError(
@@ -89,7 +92,8 @@ def frame_geometry(
                 "dimensions, and are not orthogonal then: give a rank that does not cut them apart"
             )
         keep = n >= ordered[rank - 1]
-    b = depth * total * (total * lam_w**depth * lam_h) ** (1 / depth)
+    # By logarithms, since the power of a small decay would vanish.
+    b = depth * total * lam_w * math.exp((math.log(total) + math.log(lam_h)) / depth)
     x = torch.tensor([_best_root(b / size, depth) for size in n.tolist()], dtype=torch.float64) * keep
     squared = total * lam_h * x**depth
     largest_ratio = 1.0 if depth == 1 else (depth - 1) ** ((depth - 1) / depth) / depth
@@ -97,6 +101,19 @@ def frame_geometry(
         n, squared, squared / (squared + total * lam_h).square(), squared / (squared + total * lam_h), squared == 0,
         b / largest_ratio,
     )  # fmt: skip
+
+
+def _sizes(counts: Sequence[int] | Tensor) -> Tensor:
+    """Class sizes as (K,) in float64."""
+    n = as_numbers(counts, "counts").double()
+    if n.ndim != 1 or len(n) < 2 or not bool((n.isfinite() & (n >= 1)).all()):
+        raise ValueError(f"counts are at least two class sizes of 1 or more, got {n.tolist()}")
+    return n.cpu()
+
+
+def _check_decays(lam_w: float, lam_h: float) -> None:
+    if not (0 < lam_w < math.inf and 0 < lam_h < math.inf):
+        raise ValueError(f"decays are above 0, got lam_w={lam_w}, lam_h={lam_h}")
 
 
 def _best_root(ratio: float, depth: int) -> float:
@@ -157,8 +174,8 @@ class UnconstrainedFeatures:
         for axes, vectors, name in zip(
             figure.subplots(1, 2), (self.product, self.class_means), ("classifier rows", "class means"), strict=True
         ):
-            gram = vectors @ vectors.T
-            image = axes.imshow(gram, cmap="RdBu_r", vmin=-float(gram.abs().max()), vmax=float(gram.abs().max()))
+            gram = (vectors @ vectors.T).numpy()
+            image = axes.imshow(gram, cmap="RdBu_r", vmin=-abs(gram).max(), vmax=abs(gram).max())
             axes.set_title(f"inner products of {name}", fontsize=10)
             figure.colorbar(image, ax=axes, shrink=0.8)
         return figure
@@ -197,6 +214,7 @@ def unconstrained_features(
 
     Raises:
         ValueError: Values out of range.
+        TypeError: Counts that are no real numbers.
 
     Example:
         >>> found = unconstrained_features([8, 4], 3, lam_w=0.01, lam_h=0.01, generator=torch.Generator().manual_seed(0))
@@ -204,14 +222,15 @@ def unconstrained_features(
         >>> torch.allclose(found.product.square().sum(1), wanted, rtol=1e-3)
         True
     """
-    sizes = [int(count) for count in counts]
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"counts are at least two class sizes of 1 or more, got {sizes}")
-    if not (lam_w > 0 and lam_h > 0) or min(dim, depth, restarts, steps) < 1:
-        raise ValueError(
-            f"decays are above 0, and dim, depth, restarts and steps at least 1, got lam_w={lam_w}, lam_h={lam_h}, "
-            f"dim={dim}, depth={depth}, restarts={restarts}, steps={steps}"
-        )
+    n = _sizes(counts)
+    if not bool((n == n.floor()).all()):
+        raise ValueError(f"each sample has features of its own, so that counts are whole numbers, got {n.tolist()}")
+    sizes = [int(count) for count in n]
+    _check_decays(lam_w, lam_h)
+    whole = {"dim": dim, "depth": depth, "restarts": restarts, "steps": steps}
+    for name, value in whole.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is a whole number of at least 1, got {value}")
     if loss not in ("mse", "ce"):
         raise ValueError(f"loss is mse or ce, got {loss!r}")
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))

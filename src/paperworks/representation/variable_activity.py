@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import combinations
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -13,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.feature_selection import SelectorMixin
 from sklearn.metrics import mutual_info_score
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from torchmetrics import Metric
 
+from paperworks.representation.metric import StreamedMetric
 from paperworks.representation.posterior_collapse import Encoder, posteriors, stream
 
 if TYPE_CHECKING:
@@ -68,11 +72,12 @@ class ActivityReport(NamedTuple):
         return figure
 
 
-class VariableActivity(Metric):
+class VariableActivity(StreamedMetric):
     """Sorts latent variables by the encoder's variance over data, in one pass (arXiv 2109.12679).
 
     With a the mean and v the variance over data of the encoder's variance: v < t_var and a <= t_mean is active,
-    v < t_var and |a - 1| <= t_mean is passive, anything else is mixed.
+    v < t_var and |a - 1| <= t_mean is passive, anything else is mixed. Kept are means and scatter in float64, into which
+    batches and processes are merged, so that means far from zero lose no digits.
 
     Args:
         dims: Latent variables d.
@@ -85,27 +90,33 @@ class VariableActivity(Metric):
         ValueError: An option is out of range.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> activity = VariableActivity(2)
         >>> activity.update(torch.randn(50, 2), torch.tensor([0.01, 1.0]).expand(50, 2))
         >>> activity.compute().types.tolist()
         ['active', 'passive']
     """
 
-    full_state_update = False
-    count: Tensor
-    var_sums: Tensor
-    mu_sum: Tensor
-    mu_square: Tensor
+    seen: Tensor
+    dims: int
+    prior_std: float
+    t_var: float
+    t_mean: float
 
     def __init__(
         self, dims: int, *, prior_std: float = 1.0, t_var: float = 0.1, t_mean: float = 0.1, **options: Any
     ) -> None:
         super().__init__(**options)
-        if dims < 1 or not (prior_std > 0 and t_var > 0 and 0 < t_mean < 0.5):
-            raise ValueError("give dims of at least 1, prior_std and t_var above 0 and t_mean between 0 and 0.5")
-        self.dims, self.prior_std, self.t_var, self.t_mean = dims, prior_std, t_var, t_mean
-        for name, shape in (("count", ()), ("var_sums", (2, dims)), ("mu_sum", (dims,)), ("mu_square", (dims, dims))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        bounded = 0 < prior_std < math.inf and 0 < t_var < math.inf and 0 < t_mean < 0.5
+        if not isinstance(dims, Integral) or dims < 1 or not bounded:
+            raise ValueError(
+                "give dims of at least 1, prior_std and t_var finite and above 0 and t_mean between 0 and 0.5, got "
+                f"{dims}, {prior_std}, {t_var} and {t_mean}"
+            )
+        self.dims, self.prior_std, self.t_var, self.t_mean = int(dims), prior_std, t_var, t_mean
+        # One state, because means can be merged only together with counts.
+        nothing = torch.zeros(1 + 3 * dims + dims**2, dtype=torch.float64)
+        self.add_state("seen", nothing, dist_reduce_fx=partial(_merged, dims=self.dims))
 
     def update(self, mu: Tensor, var: Tensor) -> None:
         """Take in the posteriors of a batch.
@@ -116,13 +127,21 @@ class VariableActivity(Metric):
 
         Raises:
             ValueError: Shapes do not fit, values are not finite, or a variance is not positive.
+            TypeError: They are no real numbers.
         """
         mu, var = posteriors(mu, var, self.dims)
+        if not len(mu):
+            return
         mu, var = mu / self.prior_std, var / self.prior_std**2
-        self.count += len(mu)
-        self.var_sums += torch.stack([var.sum(0), var.square().sum(0)])
-        self.mu_sum += mu.sum(0)
-        self.mu_square += mu.mT @ mu
+        centre, a = mu.mean(0), var.mean(0)
+        batch = [
+            mu.new_tensor([len(mu)]),
+            a,
+            (var - a).square().sum(0),
+            centre,
+            ((mu - centre).mT @ (mu - centre)).ravel(),
+        ]
+        self.seen = _merged(torch.stack([self.seen, torch.cat(batch).to(self.seen.device)]), self.dims)
 
     def compute(self) -> ActivityReport:
         """The types over all batches.
@@ -130,13 +149,11 @@ class VariableActivity(Metric):
         Raises:
             ValueError: Fewer than two samples have been seen.
         """
-        n = float(self.count)
+        count, means, squares, _, scatter = _parts(self.seen.cpu(), self.dims)
+        n = float(count)
         if n < 2:
-            raise ValueError(f"{n:.0f} samples have been seen: variances over data need at least two")
-        a, square = (self.var_sums / n).cpu().numpy()
-        v = np.maximum(square - a**2, 0)
-        mean = self.mu_sum / n
-        covariance = ((self.mu_square - n * torch.outer(mean, mean)) / (n - 1)).cpu().numpy()
+            self._untold(f"{n:.0f} samples have been seen: variances over data need at least two")
+        a, v, covariance = means.numpy(), (squares / n).numpy(), (scatter / (n - 1) if n > 1 else scatter / 0).numpy()
         # A mean that lies on a threshold comes out beside it by rounding, float32's where the encoder works in that.
         room = self.t_mean + 1e-6
         types = np.where(v >= self.t_var, "mixed", np.where(a <= room, "active", np.where(abs(a - 1) <= room, "passive", "mixed")))  # fmt: skip
@@ -146,6 +163,24 @@ class VariableActivity(Metric):
     def from_encoder(cls, encoder: Encoder, loader: Iterable[Any], **options: Any) -> Self:
         """Stream a loader through an encoder that gives (means, log-variances); see `PosteriorCollapse.from_encoder`."""
         return stream(cls, encoder, loader, **options)
+
+
+def _parts(seen: Tensor, dims: int) -> tuple[Tensor, ...]:
+    """Count (...), means of the variances (..., d) and their squares about it, means of the means and scatter (..., d, d)."""
+    count, *middle, scatter = seen.split([1, dims, dims, dims, dims**2], -1)
+    return count[..., 0], *middle, scatter.unflatten(-1, (dims, dims))
+
+
+def _merged(seen: Tensor, dims: int) -> Tensor:
+    """What several batches or processes have seen, (k, 1 + 3 d + d^2), as one, by Chan's rule."""
+    count, var_means, var_squares, centres, scatter = _parts(seen, dims)
+    share = count / count.sum().clamp(min=1)
+    a, centre = share @ var_means, share @ centres
+    apart = centres - centre
+    return torch.cat([
+        count.sum(0, keepdim=True), a, var_squares.sum(0) + count @ (var_means - a).square(), centre,
+        (scatter.sum(0) + (apart * count[:, None]).mT @ apart).ravel(),
+    ])  # fmt: skip
 
 
 class PassiveFilter(SelectorMixin, BaseEstimator):
@@ -166,69 +201,115 @@ class PassiveFilter(SelectorMixin, BaseEstimator):
         self.allow_empty = allow_empty
 
     def fit(self, mu: ArrayLike, var: ArrayLike) -> PassiveFilter:
-        """Learn the types from the encoder's means and variances, each (n, d).
+        """Learn the types from the encoder's means and variances, each (n, d), with columns in one order.
 
         Raises:
             ValueError: Nothing is left to keep, a type is unknown, or the input is not sound.
         """
         if not set(self.keep) <= set(_KINDS):
             raise ValueError(f"keep is {self.keep}: choose among {', '.join(_KINDS)}")
-        means, variances = (torch.as_tensor(np.asarray(values)) for values in (mu, var))
+        means = validate_data(self, _array(mu), dtype=np.float64, ensure_min_samples=2)
+        variances = validate_data(self, _array(var), dtype=np.float64, reset=False)
         activity = VariableActivity(means.shape[-1])
-        activity.update(means, variances)
+        activity.update(*(torch.tensor(values) for values in (means, variances)))
         self.report_ = activity.compute()
-        self.n_features_in_ = means.shape[-1]
         if not self._get_support_mask().any() and not self.allow_empty:
             raise ValueError(f"no variable is {' or '.join(self.keep)}: keep others, or set allow_empty=True")
         return self
 
     def _get_support_mask(self) -> NDArray[np.bool_]:
+        check_is_fitted(self)
         return np.isin(self.report_.types, list(self.keep))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        # Variances take the place of targets.
+        tags.target_tags.required = True
+        return tags
+
+
+def _array(values: Any) -> Any:
+    """A tensor of any device or precision as an array; anything else as it is."""
+    return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _covariance(C: Any) -> Array:
+    """A covariance matrix, once it is known to be one but for rounding.
+
+    Raises:
+        ValueError: It is not square, finite, symmetric or has a negative variance.
+    """
+    C = np.asarray(_array(C), np.float64)
+    if C.ndim != 2 or C.shape[0] != C.shape[1] or not C.size or not np.isfinite(C).all():
+        raise ValueError(f"C is a covariance matrix (d, d) of finite numbers, got shape {C.shape}")
+    if (C.diagonal() < 0).any() or not np.allclose(C, C.T, rtol=1e-6, atol=1e-6 * np.abs(C).max()):
+        raise ValueError(
+            "C is not symmetric, or has negative variances: give a covariance matrix, as numpy.cov makes one"
+        )
+    return C
 
 
 def gaussian_total_correlation(C: ArrayLike) -> float:
-    """Total correlation of a Gaussian with covariance C (d, d), in nats; inf with a warning where C is singular.
+    """Total correlation of a Gaussian with covariance C (d, d), in nats.
+
+    It is inf, with a warning, where variables determine one another. A variable without variance depends on none.
+
+    Raises:
+        ValueError: C is no covariance matrix.
 
     Example:
         >>> round(gaussian_total_correlation([[1.0, 0.6], [0.6, 1.0]]), 4)
         0.2231
     """
-    C = np.asarray(C, np.float64)
-    sign, log_det = np.linalg.slogdet(C)
-    if sign <= 0 or not np.isfinite(log_det):
+    C = _covariance(C)
+    varied = C.diagonal() > 0
+    scale = np.sqrt(C.diagonal()[varied])
+    values = np.linalg.eigvalsh(C[np.ix_(varied, varied)] / scale[:, None] / scale)
+    if len(values) and values[0] <= len(values) * np.finfo(float).eps:
         warnings.warn("the covariance is singular: its total correlation is infinite", RuntimeWarning, stacklevel=2)
         return float("inf")
-    return float(0.5 * (np.log(C.diagonal()).sum() - log_det))
+    return float(-0.5 * np.log(values).sum())
 
 
 def gaussian_wasserstein_correlation(C: ArrayLike, *, normalised: bool = False) -> float:
     """Squared Wasserstein distance of a Gaussian with covariance C (d, d) from its independent version.
 
+    Args:
+        C: The covariance.
+        normalised: Divide by the sum of the variances, where there are any.
+
+    Raises:
+        ValueError: C is no covariance matrix.
+
     Example:
         >>> round(gaussian_wasserstein_correlation([[1.0, 0.6], [0.6, 1.0]]), 4)
         0.2053
     """
-    C = np.asarray(C, np.float64)
+    C = _covariance(C)
     scale = np.sqrt(C.diagonal())
     root = np.sqrt(np.maximum(np.linalg.eigvalsh(scale[:, None] * C * scale), 0)).sum()
     distance = 2 * (C.trace() - root)
-    return float(distance / C.trace() if normalised else distance)
+    return float(distance / C.trace() if normalised and C.trace() > 0 else distance)
 
 
 def averaged_mutual_information(Z: ArrayLike, bins: int = 20) -> float:
     """Mean over pairs of different columns of Z (n, d) of their plug-in mutual information, equal-width bins, in nats.
 
     Raises:
-        ValueError: Fewer than two columns, or bins below 1.
+        ValueError: Fewer than two columns, values that are not finite, or bins below 1.
 
     Example:
         >>> z = np.repeat([0.0, 1.0], 10)
         >>> round(averaged_mutual_information(np.stack([z, z], 1)), 4)
         0.6931
     """
-    Z = np.asarray(Z, np.float64)
-    if Z.ndim != 2 or Z.shape[1] < 2 or bins < 1:
-        raise ValueError(f"Z has shape {Z.shape}: give (n, d) with at least two columns, and at least one bin")
+    Z = np.asarray(_array(Z), np.float64)
+    if Z.ndim != 2 or Z.shape[1] < 2 or not len(Z) or bins < 1:
+        raise ValueError(
+            f"Z has shape {Z.shape} and bins is {bins}: give (n, d) with at least two columns, and at least one bin"
+        )
+    if not np.isfinite(Z).all():
+        raise ValueError("Z holds NaN or infinity: leave such samples out")
     low, width = Z.min(0), np.ptp(Z, axis=0)
     cut = np.minimum(bins * (Z - low) / np.where(width > 0, width, 1), bins - 1).astype(int)
     return float(np.mean([mutual_info_score(cut[:, i], cut[:, j]) for i, j in combinations(range(Z.shape[1]), 2)]))
@@ -237,11 +318,16 @@ def averaged_mutual_information(Z: ArrayLike, bins: int = 20) -> float:
 def effective_rank(C: ArrayLike) -> float:
     """Exponential of the entropy of C's normalised singular values, from 1 to d.
 
+    Raises:
+        ValueError: C is no covariance matrix, or all zero.
+
     Example:
         >>> round(effective_rank(np.eye(3)), 6)
         3.0
     """
-    values = np.linalg.svd(np.asarray(C, np.float64), compute_uv=False)
+    values = np.linalg.svd(_covariance(C), compute_uv=False)
+    if not values[0] > 0:
+        raise ValueError("C is all zero: a code that never varies has no effective rank")
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
@@ -258,10 +344,14 @@ def representation_report(
 
     Returns:
         By group ("full", "active", "active+mixed", ...) and code ("mean" or "sampled"): total_correlation, wasserstein
-        (normalised), mutual_information and effective_rank. Groups of fewer than two variables are left out.
+        (normalised), mutual_information and effective_rank, which a code that never varies has not. Groups of fewer than
+        two variables are left out.
+
+    Raises:
+        ValueError: As `PassiveFilter.fit`.
     """
-    mu, var = np.asarray(mu, np.float64), np.asarray(var, np.float64)
     types = PassiveFilter(_KINDS).fit(mu, var).report_.types
+    mu, var = np.asarray(_array(mu), np.float64), np.asarray(_array(var), np.float64)
     sampled = mu + np.sqrt(var) * np.random.default_rng(random_state).standard_normal(mu.shape)
     groups = {"full": _KINDS, **{"+".join(kinds): kinds for size in (1, 2) for kinds in combinations(_KINDS, size)}}
     table = {}
@@ -275,6 +365,6 @@ def representation_report(
                 "total_correlation": gaussian_total_correlation(C),
                 "wasserstein": gaussian_wasserstein_correlation(C, normalised=True),
                 "mutual_information": averaged_mutual_information(code[:, chosen]),
-                "effective_rank": effective_rank(C),
+                **({"effective_rank": effective_rank(C)} if C.any() else {}),
             }
     return table

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+
+from paperworks.representation.features import evaluated
 
 Lipschitz = Literal["gp", "one_sided_gp", "spectral"]
 Objective = Literal["info_nce", "dual"]
@@ -115,6 +118,7 @@ class WassersteinDependency(nn.Module):
         g: Encoder of x, any shape to (N, d); what is trained here, and the representation.
         h: Encoder of y; may be the same module.
         critic: "bilinear", f = g(x) . h(y), or a module that takes (N, d) and (N, d') and gives N scores, as `ConcatCritic`.
+            Encoders in half precision are run as they are; scores, gradient norms and losses are in float32.
         lipschitz: "gp" pulls the critic's gradient norms to 1 and "one_sided_gp" only down to it, at points between pairs
             and random pairs; "spectral" bounds every linear and convolution layer, in place; None leaves the critic free.
         lam: Weight of the gradient penalty.
@@ -126,6 +130,7 @@ class WassersteinDependency(nn.Module):
             spectral bounds need layers that do not expand distances.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> g, h = (nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2))
         >>> wpc = WassersteinDependency(g, h)
         >>> x = torch.randn(8, 6)
@@ -180,7 +185,7 @@ class WassersteinDependency(nn.Module):
 
         Raises:
             ValueError: Fewer than two pairs, batches of different sizes, or values that are not finite.
-            TypeError: Inputs without a metric: whole numbers, where the critic is to be Lipschitz.
+            TypeError: Inputs that are no tensors, or without a metric: whole numbers, where the critic is to be Lipschitz.
         """
         self._check(x, y)
         if self.objective == "info_nce":
@@ -195,7 +200,7 @@ class WassersteinDependency(nn.Module):
     def values(self, x: Tensor, y: Tensor) -> Tensor:
         """The critic f at pairs of rows, (N,)."""
         gx, hy = self._codes(x, y)
-        return self._bilinear(gx * hy).sum(1) if self.critic is None else self.critic(gx, hy)
+        return self._bilinear(gx * hy).sum(1) if self.critic is None else self._valued(gx, hy)
 
     def scores(self, x: Tensor, y: Tensor) -> Tensor:
         """The critic at all pairs, (N, M) for N rows of x and M of y; each is encoded once."""
@@ -204,7 +209,7 @@ class WassersteinDependency(nn.Module):
             return self._bilinear(gx @ hy.T)
         rows = max(1, _PAIRS_AT_ONCE // len(hy))
         return torch.cat([
-            self.critic(part.repeat_interleave(len(hy), 0), hy.repeat(len(part), 1)).view(len(part), len(hy))
+            self._valued(part.repeat_interleave(len(hy), 0), hy.repeat(len(part), 1)).view(len(part), len(hy))
             for part in gx.split(rows)
         ])  # fmt: skip
 
@@ -235,7 +240,7 @@ class WassersteinDependency(nn.Module):
             gradients = torch.autograd.grad(
                 values.sum(), (at_x, at_y), create_graph=create_graph, materialize_grads=True
             )  # fmt: skip
-        parts = [one.flatten(1) / scale for one, scale in zip(gradients, self.metric_scale, strict=True)]
+        parts = [_wide(one.flatten(1)) / scale for one, scale in zip(gradients, self.metric_scale, strict=True)]
         return torch.linalg.vector_norm(torch.cat(parts, 1), dim=1)
 
     def diagnose(
@@ -257,16 +262,11 @@ class WassersteinDependency(nn.Module):
         size = len(x) if batch_size is None else batch_size
         if not 2 <= size <= len(x):
             raise ValueError(f"batch_size is from 2 to the {len(x)} pairs, got {batch_size}")
-        training = self.training
-        self.eval()
-        try:
+        with evaluated(self):
             whole = len(x) // size * size
-            with torch.no_grad():
-                batches = zip(x[:whole].split(size), y[:whole].split(size), strict=True)
-                scores = torch.stack([self.scores(*batch) for batch in batches]).double()
+            batches = zip(x[:whole].split(size), y[:whole].split(size), strict=True)
+            scores = torch.stack([self.scores(*batch) for batch in batches]).double()
             norms = self.gradient_norms(x, y, generator=generator).detach()
-        finally:
-            self.train(training)
         joint = scores.diagonal(dim1=1, dim2=2)
         product = scores[:, ~torch.eye(size, dtype=torch.bool, device=scores.device)]
         wasserstein = float(joint.mean() - product.mean())
@@ -298,14 +298,17 @@ class WassersteinDependency(nn.Module):
         """
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            own = config.pop("critic") == "own"
+            config["metric_scale"] = tuple(config["metric_scale"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} holds no saved WassersteinDependency: {error}") from error
-        if (config.pop("critic") == "own") != (critic is not None):
+        if own != (critic is not None):
             raise ValueError("give a critic if and only if the saved one was a module of your own")
-        config["metric_scale"] = tuple(config["metric_scale"])
         model = cls(g, h, critic="bilinear" if critic is None else critic, **config)
         try:
             load_model(model, Path(folder) / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no saved WassersteinDependency, or a damaged one: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"the weights in {folder} are of other encoders than those given: {error}") from error
         return model
@@ -317,15 +320,25 @@ class WassersteinDependency(nn.Module):
                 "encoders give (N, d), a bilinear critic takes one d for both, "
                 f"got {tuple(gx.shape)} and {tuple(hy.shape)}"
             )
-        if self.lipschitz == "spectral" and self.critic is None:
-            gx, hy = _onto_ball(gx), _onto_ball(hy)
-        return gx, hy
+        if self.critic is not None:
+            return gx, hy
+        gx, hy = _wide(gx), _wide(hy)
+        return (_onto_ball(gx), _onto_ball(hy)) if self.lipschitz == "spectral" else (gx, hy)
+
+    def _valued(self, gx: Tensor, hy: Tensor) -> Tensor:
+        assert self.critic is not None
+        values = self.critic(gx, hy)
+        if not isinstance(values, Tensor) or values.shape not in ((len(gx),), (len(gx), 1)):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"a critic gives one score for each of its {len(gx)} pairs, got {got}")
+        return _wide(values).view(-1)
 
     def _bilinear(self, product: Tensor) -> Tensor:
         # On the unit ball the gradient in each input is at most 1, and in both together sqrt(2).
         return product / math.sqrt(2) if self.lipschitz == "spectral" else product
 
     def _check(self, x: Tensor, y: Tensor) -> None:
+        _check_tensors(x, y)
         if len(x) != len(y) or len(x) < 2:
             raise ValueError(
                 f"x and y are two or more pairs, as many of the one as of the other, got {len(x)} and {len(y)}"
@@ -353,7 +366,8 @@ def wasserstein_dependency(
     """Estimate W1(p(x, y), p(x) p(y)) from pairs: a critic climbs the dual, and is read off on pairs it has not seen.
 
     Inputs are centred and divided by one common number, their root mean squared size, so that scaling the data scales the
-    result. The penalty is soft: a critic overshoots by about the result / (2 lam sizes); see `Dependency.conservative`.
+    result; the critic runs in their dtype, or its own where it is given, in float32 at least for narrower inputs. The penalty
+    is soft: a critic overshoots by about the result / (2 lam sizes); see `Dependency.conservative`.
 
     Args:
         x: (N, ...), finite.
@@ -368,7 +382,9 @@ def wasserstein_dependency(
         generator: Of weights, split, batches and points.
 
     Raises:
-        ValueError: Values out of range, too few pairs, constant data, or values that are not finite.
+        TypeError: Inputs that are no tensors, or of whole numbers.
+        ValueError: Values out of range, too few pairs, constant data, values that are not finite, a critic in half
+            precision or one that diverges.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -377,13 +393,17 @@ def wasserstein_dependency(
         >>> found.wasserstein > 0.1
         True
     """
-    if not 0 < held_out < 1 or steps < 1 or batch_size < 2:
+    if not 0 < held_out < 1 or steps < 1 or batch_size < 2 or not 0 < learning_rate < math.inf:
         raise ValueError(
-            f"held_out lies between 0 and 1, steps is at least 1 and batch_size at least 2, got {held_out}, {steps} "
-            f"and {batch_size}"
+            f"held_out lies between 0 and 1, steps is at least 1, batch_size at least 2 and learning_rate above 0, got "
+            f"{held_out}, {steps}, {batch_size} and {learning_rate}"
         )
     generator = generator or torch.Generator().manual_seed(int(torch.randint(2**31, (1,))))
-    unit, (x, y) = _standardised(x, y)
+    _check_tensors(x, y)
+    own = None if critic is None else next(critic.parameters(), None)
+    if own is not None and own.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"Adam's steps are lost in {own.dtype} weights of a critic: give critic.float()")
+    unit, (x, y) = _standardised(x, y, torch.promote_types(x.dtype, torch.float32) if own is None else own.dtype)
     order = torch.randperm(len(x), generator=generator, device=generator.device).to(x.device)
     kept = len(x) - round(held_out * len(x))
     if not 2 <= kept <= len(x) - 2:
@@ -392,7 +412,7 @@ def wasserstein_dependency(
     if critic is None:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
-            critic = ConcatCritic(x.shape[1], y.shape[1]).to(x.device, x.dtype)
+            critic = ConcatCritic(x.shape[1], y.shape[1]).to(x)
     measure = WassersteinDependency(
         nn.Identity(), nn.Identity(), critic=critic, lipschitz=lipschitz, lam=lam, objective="dual"
     )
@@ -404,6 +424,8 @@ def wasserstein_dependency(
         measure(train_x[rows], train_y[rows], generator=generator).backward()
         optimiser.step()
         schedule.step()
+    if not all(bool(weight.isfinite().all()) for weight in measure.parameters()):
+        raise ValueError(f"the critic diverged: take a smaller learning_rate than {learning_rate:g}, or a larger lam")
     found = measure.diagnose(test_x, test_y, batch_size=min(batch_size, len(test_x)), generator=generator)
     return Dependency(
         unit * found.wasserstein, unit * found.conservative, found.info_nce, found.batch_size, found.gradient_norms,
@@ -423,6 +445,7 @@ def exact_wasserstein_dependency(x: Tensor, y: Tensor, p: Tensor | None = None) 
             (nm / 2)^2 unknowns.
 
     Raises:
+        TypeError: Atoms or probabilities that are no tensors.
         ValueError: Shapes that do not fit, probabilities that are negative or do not add up to 1, or values not finite.
 
     Example:
@@ -430,6 +453,7 @@ def exact_wasserstein_dependency(x: Tensor, y: Tensor, p: Tensor | None = None) 
         >>> round(exact_wasserstein_dependency(x, x, torch.eye(2) / 2), 6)
         1.5
     """
+    _check_tensors(x, y, *(() if p is None else (p,)))
     if p is None:
         if len(x) != len(y):
             raise ValueError(f"without p, x and y are pairs, as many of each, got {len(x)} and {len(y)}")
@@ -457,14 +481,14 @@ def exact_wasserstein_dependency(x: Tensor, y: Tensor, p: Tensor | None = None) 
     constraints = coo_array(
         (np.ones(2 * n * m), (np.r_[column // m, n + column % m], np.r_[column, column])), shape=(n + m, n * m)
     )
-    # Scaled to 1, so that the solver's absolute tolerances mean the same for weak and strong dependence.
-    mass = supply.sum()
+    # Scaled to 1, so that the solver's absolute tolerances mean the same for weak and strong dependence, and in any unit.
+    mass, unit = supply.sum(), cost.max() or 1.0
     plan = linprog(
-        cost.ravel(), A_eq=constraints.tocsr(), b_eq=np.r_[supply / mass, demand / demand.sum()], method="highs"
+        cost.ravel() / unit, A_eq=constraints.tocsr(), b_eq=np.r_[supply / mass, demand / demand.sum()], method="highs"
     )
     if plan.status:
         raise RuntimeError(f"the linear programme did not solve: {plan.message}")
-    return float(mass * plan.fun)
+    return float(mass * unit * plan.fun)
 
 
 def derangement(size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -532,11 +556,23 @@ def _twice_differentiable(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: sums in half precision keep two or three digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _onto_ball(codes: Tensor) -> Tensor:
     return codes / torch.linalg.vector_norm(codes, dim=1, keepdim=True).clamp_min(1)
 
 
-def _standardised(x: Tensor, y: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
+def _check_tensors(*given: Tensor) -> None:
+    for one in given:
+        if not isinstance(one, Tensor) or not one.ndim:
+            what = "a single number" if isinstance(one, Tensor) else type(one).__name__
+            raise TypeError(f"samples are tensors of one sample a row, got {what}: torch.as_tensor makes one")
+
+
+def _standardised(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[float, tuple[Tensor, Tensor]]:
     """The data's root mean squared size, and the flattened data centred and divided by it."""
     if len(x) != len(y):
         raise ValueError(f"x and y are pairs, as many of each, got {len(x)} and {len(y)}")
@@ -545,8 +581,11 @@ def _standardised(x: Tensor, y: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
             raise TypeError(f"{one.dtype} has no metric: embed discrete inputs as vectors first")
         if not len(one) or not bool(one.isfinite().all()):
             raise ValueError("inputs are empty or hold NaN or infinity: clean them before measuring dependence")
-    x, y = ((one - one.mean(0)).flatten(1) for one in (x.detach(), y.detach()))
-    unit = math.sqrt(float((x.double().square().sum() + y.double().square().sum()) / len(x)))
-    if unit == 0:
+    if all(bool((one == one[0]).all()) for one in (x, y)):
         raise ValueError("both inputs are constant: there is nothing to depend on")
-    return unit, (x / unit, y / unit)
+    # In float64, where it is: a large mean would take digits from what is near it.
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    x, y = (one.detach().to(wide).flatten(1) for one in (x, y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    unit = math.sqrt(float((x.square().sum() + y.square().sum()) / len(x)))
+    return unit, ((x / unit).to(dtype), (y / unit).to(dtype))
