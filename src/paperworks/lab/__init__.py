@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from paperworks.lab.executors import execute
     from paperworks.lab.store import Store
 
-__all__ = ["Between", "Data", "Effect", "Measurement", "Model", "Parameter", "Recipe", "Run", "Store", "execute", "recipe"]
+__all__ = [
+    "Between",
+    "Data",
+    "Effect",
+    "Measurement",
+    "Model",
+    "Parameter",
+    "Recipe",
+    "Run",
+    "Store",
+    "execute",
+    "recipe",
+]
 
 # SQLAlchemy takes a while to load, and listing recipes does not need it.
 _LATER = {"Store": "paperworks.lab.store", "execute": "paperworks.lab.executors"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paperworks.errors import UsageError
 from paperworks.lab import execute
 from paperworks.lab.executors import execute as run_recipe
 from paperworks.lab.run import Run
@@ -58,9 +59,9 @@ def test_one_training_serves_trees_of_every_size(tmp_path, monkeypatch):
 
 
 def test_no_nodes_is_one_sentence_before_anything_is_trained(tmp_path):
-    run = execute("hydra", scale="tiny", parameters={"nodes": 0}, show_progress=False)
-    assert run.status == "failed" and "at least 1 token, got nodes=0" in run.error
-    assert getattr(run.exception, "exit_status", 1) == 2 and not (tmp_path / "paperworks").exists()
+    with pytest.raises(UsageError, match="nodes takes a whole number of at least 1, not 0"):
+        execute("hydra", scale="tiny", parameters={"nodes": 0}, show_progress=False)
+    assert not (tmp_path / "paperworks").exists()
 
 
 def test_unknown_model_is_one_sentence():

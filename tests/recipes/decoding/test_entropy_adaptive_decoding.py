@@ -12,6 +12,7 @@ import torch
 
 from paperworks.decoding import EntropyAdaptiveDecoding, generate
 from paperworks.hub import load_model
+from paperworks.hub.extents import EXTENTS
 from paperworks.lab import execute
 from paperworks.recipes.decoding.entropy_adaptive_decoding import (
     Turns,
@@ -57,6 +58,7 @@ def test_accuracy_is_measured_where_there_are_answers(tmp_path, monkeypatch):
     rows = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(1, 9)]
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("PAPERWORKS_DATA", str(tmp_path / "data"))
+    monkeypatch.delitem(EXTENTS, ("gsm8k", "test"))
     options = {"prompts": "gsm8k", "small": "tiny-random-llama"}
     found = figures(execute("entropy-adaptive-decoding", scale="tiny", parameters=options, show_progress=False))
     for name in ("large alone", "small alone", *(f"EAD {share}" for share in SHARES)):

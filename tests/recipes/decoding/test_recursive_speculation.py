@@ -61,7 +61,7 @@ def test_it_takes_the_options_it_shares_with_hydra():
     [
         ({"temperature": 0.0}, "a temperature above 0"),
         ({"nodes": 5}, "nodes as a multiple of depth"),
-        ({"depth": 0}, "nodes as a multiple of depth"),
+        ({"depth": 3}, "nodes as a multiple of depth"),
     ],
 )
 def test_bad_options_are_one_sentence(options, words):

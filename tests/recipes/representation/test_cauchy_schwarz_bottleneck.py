@@ -25,7 +25,14 @@ def test_every_objective_is_measured_clean_and_attacked(monkeypatch):
             lower = figures[f"tables with a lower RMSE than {objective}", METHOD].value
             assert lower == (figures["RMSE, diabetes", METHOD].value < figures["RMSE, diabetes", objective].value)
     assert ("RMSE without compression, diabetes", METHOD) in figures
-    assert figures["median error under heavy tails", METHOD].low > 0
+    medians = {series: m for (name, series), m in figures.items() if name == "median error under heavy tails"}
+    assert set(medians) == {PLAIN, "absolute error", "Huber", METHOD}
+    ratios = [m for m in run.measurements if m.name == "median error under heavy tails, ratio"]
+    assert {m.against for m in ratios} == {PLAIN, "absolute error", "Huber"}
+    for m in ratios:
+        assert m.repeats == pytest.approx(
+            [a / b for a, b in zip(medians[METHOD].repeats, medians[m.against].repeats, strict=True)]
+        )
     for name in ("RMSE", *(f"RMSE under FGSM of {size}" for size in (0.05, 0.1, 0.2, 0.3, 0.6))):
         assert sum(figures[f"tables with the lowest {name}, compressed", objective].value for objective in STARTS) == 1
     assert run.artefacts["figure"].is_file()
@@ -51,7 +58,7 @@ def test_weight_is_sought_that_leaves_what_is_wanted(start):
 
     def trained(beta: float) -> Trained:
         betas.append(beta)
-        return Trained(1 / (1 + 10 * beta), 0.0, (1.0, 2.0), 0.5)
+        return Trained(1 / (1 + 10 * beta), 0.0, (1.0, 2.0), 0.5, 0.5)
 
     seen = _sought(trained, start, 0.4, 12)
     assert len(seen) == len(betas) == 12
@@ -60,5 +67,5 @@ def test_weight_is_sought_that_leaves_what_is_wanted(start):
 
 
 def test_search_goes_on_where_compression_falls_in_a_jump():
-    seen = _sought(lambda beta: Trained(0.9 if beta < 0.37 else 0.0, 0.0, (1.0, 2.0), 0.5), 0.03, 0.4, 9)
+    seen = _sought(lambda beta: Trained(0.9 if beta < 0.37 else 0.0, 0.0, (1.0, 2.0), 0.5, 0.5), 0.03, 0.4, 9)
     assert {one.chosen_by for one in seen} == {0.9, 0.0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paperworks.lab import execute
-from paperworks.recipes.representation.neural_collapse import LENGTHS, digits, row_error, train
+from paperworks.recipes.representation.neural_collapse import LENGTHS, LOSSES, deep, digits, row_error, train
 from paperworks.representation import frame_geometry
 
 
@@ -16,12 +16,23 @@ def test_neural_collapse_measures_training_geometry_and_threshold():
     figures = {(m.name, m.series): m for m in run.measurements}
     assert figures[LENGTHS, "solver"].value < 1e-3
     assert figures["NC1", "end of training"].value <= figures["NC1", "zero training error"].value
+    for loss in ("squared error", "cross-entropy"):
+        for name in ("NC1", "NC2", "NC3"):
+            assert figures[f"{name}, ratio", f"{loss}, worst of 2 layers"].against == "initialisation"
     fall = figures["fall of NC1", "end of training"]
     assert fall.low <= fall.value <= fall.high
     assert {("distance of the rows (NC2)", "predicted frame"), ("speed-up", "closed form")} <= set(figures)
     kept, lost = (figures["rarest digit's own logit", f"{share} of the threshold"].value for share in ("0.4", "1.2"))
     assert kept > lost
     assert run.artefacts["figure"].is_file()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_linear_layer_collapses_from_where_it_began(loss):
+    before, after = deep((12, 12, 12), 32, 2, 1e-3, 500, 0, loss)
+    assert set(before) == set(after) == {"NC1", "NC2", "NC3"}
+    assert after["NC1"] < 0.05 * before["NC1"]
+    assert after["NC2"] < 0.6 * before["NC2"] and after["NC3"] < 0.3 * before["NC3"]
 
 
 def test_a_network_ends_at_the_predicted_lengths():

@@ -13,5 +13,7 @@ def test_every_figure_is_recorded():
         ("divergence, largest error", "linear CVAE"),
         ("divergence, largest error", "linear HVAE"),
         ("active units", "beta 4"),
+        ("active units, difference", "rho 1"),
+        *(("active units of z2, difference", series) for series in ("beta1 4", "beta2 4", "eta_dec 1")),
     } <= rows
     assert run.artefacts["figure"].is_file()

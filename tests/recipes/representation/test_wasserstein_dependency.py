@@ -17,7 +17,7 @@ def test_wasserstein_dependency_measures_what_both_losses_keep():
             setting = f"{data}, batch {size}"
             accuracy = {method: figures[ACCURACY, f"{setting}, {method}"].value for method in ("CPC", "WPC")}
             assert all(0 < value <= 1 for value in accuracy.values())
-            gained = figures["accuracy gained", setting]
+            gained = figures["accuracy gained", f"{setting}, WPC"]
             assert math.isclose(gained.value, accuracy["WPC"] - accuracy["CPC"], abs_tol=1e-9)
             norms = [figures["gradient norm", f"{setting}, {method}"].value for method in ("CPC", "WPC")]
             # The few steps on grids end before the critics part.

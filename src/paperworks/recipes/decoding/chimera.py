@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
-from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
+from paperworks.recipes.decoding.drafting import COLUMNS, LARGE, TINY, Drafting, pit
 
 
 @recipe(
     "chimera",
     baseline="plain decoding",
     gpu=7,
+    columns=COLUMNS,
     tiny={**TINY, "ablations": True},
     large={**LARGE, "nodes": 23, "ablations": True},
 )

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -26,6 +26,15 @@ _METHOD = "conditional beam search"
 @recipe(
     "conditional-beam-search",
     baseline="transformers' beam search; reading without learning",
+    gpu=2,
+    columns=(
+        "speed-up against beam search",
+        "degenerate",
+        "length",
+        "log p a token",
+        "perplexity",
+        "perplexity, ratio",
+    ),
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 3,
@@ -53,21 +62,21 @@ _METHOD = "conditional beam search"
 )
 def conditional_beam_search(
     run: Run,
-    model: str = "smollm2-135m",
-    prompt_count: int = 32,
-    train_prompts: int = 32,
-    opening: int = 16,
-    samples: int = 8,
-    new_tokens: int = 64,
-    num_beams: int = 5,
-    candidates: int = 5,
-    weight: float = 1.0,
-    length_penalty: float = 1.0,
-    text: str = "wikitext-2",
-    blocks: int = 6,
-    block: int = 384,
-    window: int = 32,
-    learning_rate: float = 0.0,
+    model: Annotated[str, Model()] = "smollm2-135m",
+    prompt_count: Annotated[int, Between(1, 128)] = 32,
+    train_prompts: Annotated[int, Between(1, 128)] = 32,
+    opening: Annotated[int, Between(1, 64)] = 16,
+    samples: Annotated[int, Between(1, 32)] = 8,
+    new_tokens: Annotated[int, Between(1, 256)] = 64,
+    num_beams: Annotated[int, Between(1, 10)] = 5,
+    candidates: Annotated[int, Between(1, 20)] = 5,
+    weight: Annotated[float, Between(0, 10)] = 1.0,
+    length_penalty: Annotated[float, Between(-4, 4)] = 1.0,
+    text: Annotated[str, Data("built-in", "wikitext-2")] = "wikitext-2",
+    blocks: Annotated[int, Between(1, 24)] = 6,
+    block: Annotated[int, Between(2, 1024)] = 384,
+    window: Annotated[int, Between(1, 128)] = 32,
+    learning_rate: Annotated[float, Between(0, 1)] = 0.0,
     seed: int = 0,
 ) -> None:
     """Beams judged by a classifier on the model's states, against beam search; and reading with learning states.
@@ -98,11 +107,15 @@ def conditional_beam_search(
     """
     import torch
 
+    from paperworks.decoding import Target
     from paperworks.hub import load_model
+    from paperworks.recipes.decoding.drafting import refusals
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Steps as small as those of the states are lost in bfloat16.
     target, tokenizer = load_model(model, dtype=torch.float32, device=device)
+    with refusals():
+        Target(target)
     target.requires_grad_(False)
     learn, judge = _texts(text)
     tokens = _blocks(tokenizer, judge, blocks, block).to(device)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from paperworks import __version__
 from paperworks.errors import UsageError
 from paperworks.lab.cache import cached_folder
+from paperworks.lab.recipe import Between, Data, Model
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -63,17 +65,20 @@ class Drafting:
         equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
     """
 
-    model: str = "smollm2-135m"
-    prompts: str = "built-in"
-    prompt_count: int = 8
-    new_tokens: int = 96
-    train_tokens: int = 24_000
-    epochs: float = 3.0
-    draft_vocabulary: int = 4096
-    nodes: int = 8
-    repeats: int = 1
-    equality_prompts: int = 20
+    model: Annotated[str, Model()] = "smollm2-135m"
+    prompts: Annotated[str, Data("built-in", "mt_bench")] = "built-in"
+    prompt_count: Annotated[int, Between(1, 32)] = 8
+    new_tokens: Annotated[int, Between(1, 384)] = 96
+    train_tokens: Annotated[int, Between(1, 96_000)] = 24_000
+    epochs: Annotated[float, Between(0, 12)] = 3.0
+    draft_vocabulary: Annotated[int, Between(0, 16_384)] = 4096
+    nodes: Annotated[int, Between(1, 32)] = 8
+    repeats: Annotated[int, Between(1, 4)] = 1
+    equality_prompts: Annotated[int, Between(0, 40)] = 20
 
+
+# What their table shows.
+COLUMNS = ("speed", "speed-up", "accepted per call", "drafting share", "same text")
 
 # What these parameters are at scale tiny, which takes seconds, and at scale paper, on a GPU.
 TINY: dict[str, object] = {
@@ -95,10 +100,20 @@ def cpu_friendly_dtype() -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a method says of a user's model that it cannot take is bad use, and no failed run."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
 def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model that will not be trained, on the GPU where there is one, laid out for few tokens at a time; its tokenizer."""
     import torch
 
+    from paperworks.decoding import Target
     from paperworks.hub import load_model
     from paperworks.nn import pack_linears
 
@@ -106,6 +121,8 @@ def load_target(model: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
         # Under a mask too, attention shares keys between heads and does not copy them for each.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     target, tokenizer = load_model(model, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    with refusals():
+        Target(target)
     return pack_linears(target), tokenizer
 
 
@@ -190,6 +207,21 @@ def drafting_data(
     return DraftingData.join(parts)
 
 
+def untrained(name: str, target: Any, vocabulary: torch.Tensor | int = 0) -> Drafter:
+    """A fresh drafter called `name` (see `DRAFTERS`) for some tokens, or the first so many; 0 stands for all.
+
+    Raises:
+        UsageError: It cannot draft for this model.
+    """
+    import paperworks.decoding
+
+    kind, options = DRAFTERS[name]
+    if isinstance(vocabulary, int):
+        vocabulary = min(vocabulary, len(target.get_output_embeddings().weight)) or None  # type: ignore[assignment]
+    with refusals():
+        return getattr(paperworks.decoding, kind).from_target(target, vocabulary=vocabulary, **options)  # type: ignore[no-any-return]
+
+
 def trained(
     run: Run,
     name: str,
@@ -222,7 +254,6 @@ def trained(
     """
     from safetensors.torch import load_file, save_file
 
-    import paperworks.decoding
     from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
     from paperworks.nn import pack_linears
 
@@ -233,13 +264,15 @@ def trained(
     def build(folder: Path) -> None:
         import torch
 
+        # What cannot be is refused before the model writes its text.
+        untrained(name, target, vocabulary)
         data = drafting_data(
             run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature
         )  # fmt: skip
         train, held_out = data.split(max(1, min(64, len(data) // 10)))
-        words = train.frequent_tokens(min(vocabulary, target.config.vocab_size)) if vocabulary else None
         torch.manual_seed(seed)
-        drafter = getattr(paperworks.decoding, kind).from_target(target, vocabulary=words, **options)
+        known = len(target.get_output_embeddings().weight)
+        drafter: Any = untrained(name, target, train.frequent_tokens(min(vocabulary, known)) if vocabulary else 0)
         batch = min(8, len(train))
         with run.progress(max(1, round(epochs * len(train) / batch)), f"training {name}") as bar:
             train_drafter(
@@ -249,7 +282,8 @@ def trained(
         if isinstance(getattr(drafter, "tree", None), TreeShape):
             accuracy = rank_accuracy(drafter, target, held_out, greedy=True)
             save_file({"accuracy": accuracy}, folder / _RANKS)
-        drafter.save_pretrained(folder)
+        # As the model has them, in half the space where that is bfloat16.
+        drafter.to(target.dtype).save_pretrained(folder)
 
     key = {
         "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
@@ -285,6 +319,8 @@ def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: 
     from paperworks.decoding import generate
 
     target, tokenizer, ids = prompt_ids(work.model, work.prompts, work.prompt_count, dtype=cpu_friendly_dtype())
+    for name in names:
+        untrained(name, target, work.draft_vocabulary)
     drafters = {
         name: trained(
             run, name, target, tokenizer, model=work.model, tokens=work.train_tokens, epochs=work.epochs,
@@ -340,6 +376,14 @@ def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: 
             "accepted per call, ratio",
             method=[accepted[name][index] for index in order],
             baseline=[accepted[against][index] for index in order],
+            better="higher",
+            series=name,
+            against=against,
+        )
+        run.ratio(
+            "speed, ratio",
+            method=speed_up[name].repeats,
+            baseline=speed_up[against].repeats,
             better="higher",
             series=name,
             against=against,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ _OFF = 100.0
 @recipe(
     "dynamic-inference",
     baseline="all layers",
+    gpu=3,
+    columns=("speed-up", "layers a token", "quality", "quality, ratio", "agreement", "agreement at equal cost, ratio"),
+    rows=("all layers", "exit at*", "confident*", "layer*"),
     tiny={
         "model": "tiny-random-llama",
         "prompts": "standard library",
@@ -45,17 +48,17 @@ _OFF = 100.0
 )
 def dynamic_inference(
     run: Run,
-    model: str = "smollm2-135m",
-    prompts: Literal["auto", "humaneval", "standard library"] = "auto",
-    prompt_count: int = 24,
-    context: int = 96,
-    new_tokens: int = 10,
-    head_blocks: int = 80,
-    controller_blocks: int = 32,
-    test_blocks: int = 12,
-    block: int = 256,
-    every: int = 3,
-    vocabulary: int = 8192,
+    model: Annotated[str, Model()] = "smollm2-135m",
+    prompts: Annotated[Literal["auto", "humaneval", "standard library"], Data()] = "auto",
+    prompt_count: Annotated[int, Between(1, 96)] = 24,
+    context: Annotated[int, Between(1, 384)] = 96,
+    new_tokens: Annotated[int, Between(1, 40)] = 10,
+    head_blocks: Annotated[int, Between(1, 320)] = 80,
+    controller_blocks: Annotated[int, Between(1, 128)] = 32,
+    test_blocks: Annotated[int, Between(1, 48)] = 12,
+    block: Annotated[int, Between(2, 1024)] = 256,
+    every: Annotated[int, Between(1, 12)] = 3,
+    vocabulary: Annotated[int, Between(0, 32_768)] = 8192,
     head: Literal["tuned", "linear"] = "tuned",
     seed: int = 0,
 ) -> None:
@@ -83,13 +86,16 @@ def dynamic_inference(
     """
     import torch
 
+    from paperworks.decoding import DynamicInference
     from paperworks.hub import load_model
-    from paperworks.recipes.decoding.drafting import cpu_friendly_dtype
+    from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, refusals
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, tokenizer = load_model(model, dtype=cpu_friendly_dtype(), device=device)
-    (learnt, judged, test), held_out = _corpus(tokenizer, (head_blocks, controller_blocks, test_blocks), block, seed)
     options: dict[str, Any] = {"every": every, "head": head}
+    with refusals():
+        DynamicInference(target, vocabulary=torch.arange(1), **options)
+    (learnt, judged, test), held_out = _corpus(tokenizer, (head_blocks, controller_blocks, test_blocks), block, seed)
     dynamic = _trained(run, model, target, learnt, judged, vocabulary, seed, options)
     with run.progress(len(test), "reading held-out code") as bar:
         _record_reading(run, dynamic.read(test, progress=bar.advance))
@@ -218,10 +224,9 @@ def _record_reading(run: Run, reading: Reading) -> None:
         stopped = reading.decide(_OFF, threshold)[1] < 0
         run.record("stopped tokens", _share(stopped), unit="of tokens", better="lower", series=series)
         if bool(stopped.any()) and bool(wrong.any()):
-            run.ratio(
-                "wrong among stopped tokens, ratio", method=wrong[stopped].double().tolist(),
-                baseline=[_share(wrong)] * int(stopped.sum()), series=series, against="all tokens",
-            )  # fmt: skip
+            run.record(
+                "wrong among stopped tokens", _share(wrong[stopped]), unit="of tokens", better="higher", series=series
+            )
 
 
 def _complete(
@@ -349,11 +354,10 @@ def _record_stops(
         run.record("quality when stopped", fmean(quality), unit="ROUGE-L", better="higher", series=series)
         stopped = stops.any(1).tolist()
         run.record("stopped", fmean(stopped), unit="of completions", better="lower", series=series)
-        if any(stopped) and any(plain):
-            run.ratio(
-                "quality had the stopped run on, ratio", better="lower", series=series, against="all completions",
-                method=[value for value, stop in zip(plain, stopped, strict=True) if stop],
-                baseline=[fmean(plain)] * sum(stopped),
+        if any(stopped):
+            whole_quality = fmean(value for value, stop in zip(plain, stopped, strict=True) if stop)
+            run.record(
+                "quality had the stopped run on", whole_quality, unit="ROUGE-L", better="lower", series=series
             )  # fmt: skip
 
 

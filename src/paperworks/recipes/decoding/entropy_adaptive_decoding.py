@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from paperworks.errors import UsageError
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
     from paperworks.decoding import EntropyAdaptiveDecoding, Generation
-    from paperworks.decoding.entropy_adaptive import Model, SwitchedGeneration
+    from paperworks.decoding.entropy_adaptive import Model as Writer
+    from paperworks.decoding.entropy_adaptive import SwitchedGeneration
     from paperworks.lab.measure import Effect
 
 _SHARES = (0.25, 0.5, 0.75)
@@ -25,6 +26,15 @@ _SHARES = (0.25, 0.5, 0.75)
 @recipe(
     "entropy-adaptive-decoding",
     baseline="large alone",
+    gpu=4,
+    columns=(
+        "speed-up",
+        "divergence",
+        "large fraction",
+        "cost",
+        "real cost",
+        "divergence at equal cost, ratio against random",
+    ),
     tiny={
         "model": "tiny-random-llama",
         "small": "First layer",
@@ -47,18 +57,18 @@ _SHARES = (0.25, 0.5, 0.75)
 )
 def entropy_adaptive_decoding(
     run: Run,
-    model: str = "smollm2-135m",
-    small: str = "First 4 layers",
-    prompts: Literal["built-in", "mt_bench", "gsm8k"] = "built-in",
-    prompt_count: int = 12,
-    calibration_prompts: int = 4,
-    new_tokens: int = 64,
-    window: int = 5,
-    min_stay: int = 10,
-    temperature: float = 0.7,
-    train_tokens: int = 24_000,
-    epochs: float = 3.0,
-    vocabulary: int = 8192,
+    model: Annotated[str, Model()] = "smollm2-135m",
+    small: Annotated[str, Model("*", "First layer", "First 4 layers")] = "First 4 layers",
+    prompts: Annotated[Literal["built-in", "mt_bench", "gsm8k"], Data()] = "built-in",
+    prompt_count: Annotated[int, Between(1, 48)] = 12,
+    calibration_prompts: Annotated[int, Between(1, 16)] = 4,
+    new_tokens: Annotated[int, Between(1, 256)] = 64,
+    window: Annotated[int, Between(1, 20)] = 5,
+    min_stay: Annotated[int, Between(0, 40)] = 10,
+    temperature: Annotated[float, Between(0, 4)] = 0.7,
+    train_tokens: Annotated[int, Between(1, 96_000)] = 24_000,
+    epochs: Annotated[float, Between(0, 12)] = 3.0,
+    vocabulary: Annotated[int, Between(0, 32_768)] = 8192,
     seed: int = 0,
 ) -> None:
     """The whole curve of quality against cost, beside random, evenly spread and whole-prompt use of the large model.
@@ -87,7 +97,9 @@ def entropy_adaptive_decoding(
             model's, that settles the states, and with them the scores of all other tokens.
         seed: Of text, order and random turns.
     """
-    from paperworks.decoding import EntropyAdaptiveDecoding, EntropySwitch, generate
+    from transformers import SuppressTokensLogitsProcessor
+
+    from paperworks.decoding import EntropyAdaptiveDecoding, EntropySwitch, Target, generate
     from paperworks.recipes.decoding.drafting import DRAFTERS, cpu_friendly_dtype, encode, load_target, trained
 
     if not temperature > 0:
@@ -106,6 +118,9 @@ def entropy_adaptive_decoding(
     rule = EntropySwitch(math.inf, window, min_stay)
     decoding = EntropyAdaptiveDecoding(little, large, rule, tokenizers=(words, tokenizer))
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature}
+    # Where the head is padded, rows that stand for no token are left out here too.
+    padding = range(decoding.vocabulary, Target(large).vocab_size)
+    process = [SuppressTokensLogitsProcessor(list(padding), device=large.device)] if padding else None
     thresholds = {
         share: decoding.calibrate(ids[:calibration_prompts], share, generator=_seeded(large, seed), **options)
         for share in run.progress(_SHARES, "calibrating thresholds")
@@ -115,7 +130,9 @@ def entropy_adaptive_decoding(
     made: dict[str, dict[int, SwitchedGeneration]] = {}
 
     def large_alone(index: int) -> int:
-        plain[index] = generate(large, ids[index], generator=_seeded(large, seed + index), **options)
+        plain[index] = generate(
+            large, ids[index], generator=_seeded(large, seed + index), logits_processor=process, **options
+        )
         return len(plain[index].new_tokens[0])
 
     def writing(name: str, switch: Callable[[int], Any]) -> Callable[[int], int]:
@@ -201,26 +218,26 @@ def entropy_adaptive_decoding(
 class Turns:
     """A switch that is not asked: who writes is laid down beforehand, and begins anew at the end."""
 
-    turns: Sequence[Model]
+    turns: Sequence[Writer]
     rolling: float = math.nan
 
     def __post_init__(self) -> None:
         self.made = 0
         self.active = self.writer = self.turns[0]
 
-    def step(self, entropy: float) -> Model:
+    def step(self, entropy: float) -> Writer:
         """The model for the next token."""
         self.made += 1
         self.writer, self.active = self.active, self.turns[self.made % len(self.turns)]
         return self.active
 
 
-def _begun_anywhere(turns: Sequence[Model], seed: int) -> Sequence[Model]:
+def _begun_anywhere(turns: Sequence[Writer], seed: int) -> Sequence[Writer]:
     first = random.Random(seed).randrange(len(turns))
     return [*turns[first:], *turns[:first]]
 
 
-def _spread_evenly(turns: Sequence[Model], seed: int) -> Sequence[Model]:
+def _spread_evenly(turns: Sequence[Writer], seed: int) -> Sequence[Writer]:
     """As many tokens by the large model, at equal distances."""
     count, total = turns.count("large"), len(turns)
     return ["large" if (t + 1) * count // total > t * count // total else "small" for t in range(total)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
-from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
+from paperworks.recipes.decoding.drafting import COLUMNS, LARGE, TINY, Drafting, pit
 
 _ABLATIONS = ("EAGLE-2, feature sampling", "EAGLE-2, partial alignment", "EAGLE-2, two layers")
 
@@ -13,6 +13,7 @@ _ABLATIONS = ("EAGLE-2, feature sampling", "EAGLE-2, partial alignment", "EAGLE-
     "fspad",
     baseline="plain decoding",
     gpu=7,
+    columns=COLUMNS,
     tiny={**TINY, "ablations": True},
     large={**LARGE, "nodes": 60, "ablations": True},
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from paperworks.lab.recipe import recipe
 from paperworks.lab.run import Run
-from paperworks.recipes.decoding.drafting import LARGE, TINY, Drafting, pit
+from paperworks.recipes.decoding.drafting import COLUMNS, LARGE, TINY, Drafting, pit
 
 
 @recipe(
     "hydra",
     baseline="plain decoding",
     gpu=8,
+    columns=COLUMNS,
     tiny={**TINY, "prefix_layer": True},
     large={**LARGE, "nodes": 63, "prefix_layer": True},
 )

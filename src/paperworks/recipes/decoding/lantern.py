@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from paperworks.errors import UsageError
 from paperworks.lab.measure import Effect
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _EXACT = "exact speculation"
 @recipe(
     "lantern",
     baseline=_EXACT,
+    gpu=3,
+    columns=("speed-up", "accepted per call", "accepted per call, ratio", "digit as asked", "Fréchet distance"),
     tiny={
         "data": "digits",
         "size": 8,
@@ -53,22 +55,22 @@ _EXACT = "exact speculation"
 )
 def lantern(
     run: Run,
-    data: Literal["auto", "mnist-10k", "digits"] = "auto",
-    size: int = 12,
-    patch: int = 2,
-    codes: int = 1024,
-    hidden_size: int = 128,
-    layers: int = 4,
-    epochs: float = 2.0,
-    guidance: float = 2.0,
+    data: Annotated[Literal["auto", "mnist-10k", "digits"], Data()] = "auto",
+    size: Annotated[int, Between(2, 24)] = 12,
+    patch: Annotated[int, Between(1, 8)] = 2,
+    codes: Annotated[int, Between(2, 4096)] = 1024,
+    hidden_size: Annotated[int, Between(2, 256)] = 128,
+    layers: Annotated[int, Between(1, 8)] = 4,
+    epochs: Annotated[float, Between(0, 8)] = 2.0,
+    guidance: Annotated[float, Between(1, 8)] = 2.0,
     deltas: str = "0.05,0.1,0.2,0.4",
-    neighbours: int = 100,
-    draft_images: int = 2000,
-    draft_epochs: float = 3.0,
-    nodes: int = 6,
-    samples: int = 300,
-    timed_images: int = 30,
-    text_model: str = "smollm2-135m",
+    neighbours: Annotated[int, Between(1, 400)] = 100,
+    draft_images: Annotated[int, Between(1, 8000)] = 2000,
+    draft_epochs: Annotated[float, Between(0, 12)] = 3.0,
+    nodes: Annotated[int, Between(1, 24)] = 6,
+    samples: Annotated[int, Between(1, 1200)] = 300,
+    timed_images: Annotated[int, Between(1, 120)] = 30,
+    text_model: Annotated[str, Model()] = "smollm2-135m",
     seed: int = 0,
 ) -> None:
     """Relaxed acceptance at each budget delta against exact speculation with the same drafts.

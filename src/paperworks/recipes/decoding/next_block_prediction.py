@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from paperworks.lab.measure import Effect
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ _TEMPERATURES = (0.7, 0.85, 1.0)
 @recipe(
     "next-block-prediction",
     baseline=_TOKEN,
+    gpu=3,
+    columns=("speed-up", "Fréchet distance", "Fréchet distance, continued", "bits a token", "digit as asked"),
     tiny={
         "data": "digits",
         "frames": 2,
@@ -51,19 +53,19 @@ _TEMPERATURES = (0.7, 0.85, 1.0)
 )
 def next_block_prediction(
     run: Run,
-    data: Literal["auto", "mnist-10k", "digits"] = "auto",
-    frames: int = 4,
-    size: int = 12,
-    patch: int = 2,
-    codes: int = 256,
-    hidden_size: int = 128,
-    layers: int = 4,
-    train_clips: int = 5000,
-    batch_size: int = 16,
-    samples: int = 250,
-    groups: int = 4,
-    timed_clips: int = 10,
-    timed_batch: int = 1,
+    data: Annotated[Literal["auto", "mnist-10k", "digits"], Data()] = "auto",
+    frames: Annotated[int, Between(1, 8)] = 4,
+    size: Annotated[int, Between(2, 24)] = 12,
+    patch: Annotated[int, Between(1, 8)] = 2,
+    codes: Annotated[int, Between(2, 1024)] = 256,
+    hidden_size: Annotated[int, Between(2, 256)] = 128,
+    layers: Annotated[int, Between(1, 8)] = 4,
+    train_clips: Annotated[int, Between(1, 20_000)] = 5000,
+    batch_size: Annotated[int, Between(1, 64)] = 16,
+    samples: Annotated[int, Between(1, 1000)] = 250,
+    groups: Annotated[int, Between(1, 16)] = 4,
+    timed_clips: Annotated[int, Between(1, 40)] = 10,
+    timed_batch: Annotated[int, Between(1, 4)] = 1,
     seed: int = 0,
 ) -> None:
     """Rows and frames at a time against token by token: passes, wall clock, likelihood and look of the clips.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 from paperworks.errors import UsageError
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 _SINGLE, _REPEATING = "single sequence", "independent sequences"
@@ -17,6 +17,8 @@ _OURS = ("RSD-C", "RSD-S")
 @recipe(
     "recursive-speculation",
     baseline="plain decoding",
+    gpu=5,
+    columns=("speed", "speed-up", "accepted per call", "memory-bound speed-up", "drafting share"),
     tiny={
         "model": "tiny-random-llama",
         "prompt_count": 2,
@@ -41,20 +43,20 @@ _OURS = ("RSD-C", "RSD-S")
 )
 def recursive_speculation(
     run: Run,
-    model: str = "smollm2-135m",
-    draft: str = "first layer",
-    prompts: str = "built-in",
-    prompt_count: int = 8,
-    new_tokens: int = 96,
-    train_tokens: int = 24_000,
-    epochs: float = 3.0,
-    draft_vocabulary: int = 4096,
-    nodes: int = 8,
-    depth: int = 2,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    repeats: int = 1,
-    equality_prompts: int = 20,
+    model: Annotated[str, Model()] = "smollm2-135m",
+    draft: Annotated[str, Model("*", "first layer")] = "first layer",
+    prompts: Annotated[str, Data("built-in", "mt_bench")] = "built-in",
+    prompt_count: Annotated[int, Between(1, 32)] = 8,
+    new_tokens: Annotated[int, Between(1, 384)] = 96,
+    train_tokens: Annotated[int, Between(1, 96_000)] = 24_000,
+    epochs: Annotated[float, Between(0, 12)] = 3.0,
+    draft_vocabulary: Annotated[int, Between(0, 16_384)] = 4096,
+    nodes: Annotated[int, Between(1, 32)] = 8,
+    depth: Annotated[int, Between(1, 8)] = 2,
+    temperature: Annotated[float, Between(0, 4)] = 1.0,
+    top_p: Annotated[float, Between(0, 1)] = 1.0,
+    repeats: Annotated[int, Between(1, 4)] = 1,
+    equality_prompts: Annotated[int, Between(0, 40)] = 20,
     seed: int = 0,
 ) -> None:
     """Trees drawn without replacement (RSD-C, RSD-S) against a single sequence and independent ones.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 from paperworks.errors import UsageError
 from paperworks.lab.measure import Effect
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
 _OURS = ("Superposed", "Superposed without n-grams")
@@ -18,6 +18,9 @@ _BASELINE = "nucleus, one by one"
 @recipe(
     "superposed-decoding",
     baseline=_BASELINE,
+    gpu=5,
+    columns=("speed-up", "passes", "perplexity", "distinct drafts", "distinct tokens"),
+    rows=(_BASELINE, "nucleus, one batch", "greedy", "beam search", "Superposed*"),
     tiny={"model": "tiny-random-llama", "corpus_tokens": 20_000, "prompt_count": 3},
     large={
         "model": "HuggingFaceTB/SmolLM2-1.7B",
@@ -28,18 +31,18 @@ _BASELINE = "nucleus, one by one"
 )
 def superposed_decoding(
     run: Run,
-    model: str = "smollm2-135m",
-    corpus: str = "standard library",
-    corpus_tokens: int = 600_000,
-    prompt_count: int = 32,
-    prompt_tokens: int = 15,
-    new_tokens: int = 10,
-    drafts: int = 3,
-    alpha: float = 0.54,
-    temperature: float = 0.06,
-    top_tokens: int = 9,
-    top_p: float = 0.9,
-    repeats: int = 1,
+    model: Annotated[str, Model()] = "smollm2-135m",
+    corpus: Annotated[str, Data("standard library", "wikitext-2")] = "standard library",
+    corpus_tokens: Annotated[int, Between(1, 2_400_000)] = 600_000,
+    prompt_count: Annotated[int, Between(1, 128)] = 32,
+    prompt_tokens: Annotated[int, Between(1, 60)] = 15,
+    new_tokens: Annotated[int, Between(1, 40)] = 10,
+    drafts: Annotated[int, Between(1, 12)] = 3,
+    alpha: Annotated[float, Between(0, 1)] = 0.54,
+    temperature: Annotated[float, Between(0, 4)] = 0.06,
+    top_tokens: Annotated[int, Between(1, 36)] = 9,
+    top_p: Annotated[float, Between(0, 1)] = 0.9,
+    repeats: Annotated[int, Between(1, 4)] = 1,
     seed: int = 0,
 ) -> None:
     """Drafts of held-out beginnings: their speed, and how likely the model itself finds them.
@@ -66,13 +69,15 @@ def superposed_decoding(
     """
     import torch
 
-    from paperworks.decoding import NGramModel, SuperposedDecoding, generate
+    from paperworks.decoding import NGramModel, SuperposedDecoding, Target, generate
     from paperworks.hub import load_model
     from paperworks.nn import pack_linears
-    from paperworks.recipes.decoding.drafting import cpu_friendly_dtype
+    from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, refusals
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, tokenizer = load_model(model, dtype=cpu_friendly_dtype(), device=device)
+    with refusals():
+        Target(target)
     pack_linears(target)
     prompts, rest = _split(_documents(corpus, seed), tokenizer, prompt_count, prompt_tokens, corpus_tokens)
     prompts = [prompt.to(device) for prompt in prompts]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
-from paperworks.recipes.representation.neural_collapse import descend, digits
+from paperworks.recipes.representation.neural_collapse import LOSSES, descend, digits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,29 +20,30 @@ VARIABILITY = "within / between classes"
 
 @recipe(
     "near-collapse",
-    baseline="the features of the layer before",
-    headline="within / between classes",
+    baseline="the features of the layer before, and decay of the head",
+    columns=(VARIABILITY, "NC1", "implied beta", "within / between classes, ratio", "NC1 at the end"),
+    rows=("pixels", "layer*", "weakest layer", "*, squared error"),
     tiny={"per_class": 6, "width": 16, "depth": 2, "steps": 30, "seeds": 2, "long_steps": 40},
     large={"width": 512, "depth": 10, "steps": 5000, "seeds": 10, "long_steps": 20_000},
 )
 def near_collapse(
     run: Run,
-    per_class: int = 40,
-    width: int = 64,
-    depth: int = 4,
-    steps: int = 150,
-    long_steps: int = 600,
-    decay: float = 5e-4,
-    seeds: int = 3,
+    per_class: Annotated[int, Between(1, 160)] = 40,
+    width: Annotated[int, Between(1, 128)] = 64,
+    depth: Annotated[int, Between(1, 8)] = 4,
+    steps: Annotated[int, Between(1, 600)] = 150,
+    long_steps: Annotated[int, Between(1, 2400)] = 600,
+    decay: Annotated[float, Between(0, 1)] = 5e-4,
+    seeds: Annotated[int, Between(1, 32)] = 8,
     seed: int = 0,
 ) -> None:
     """The shrink factors against the exact solver, greedily added layers, and decay of body or head on digits.
 
     Imperfections within classes go through the solver at full collapse and are held against the two factors. Then
     layers are trained one at a time over frozen ones, each with a head of its own, and the variability within classes
-    is measured after each; of the first network it is said how freely each layer moved its features, as the beta at which
-    the theory's solver would have left as much. Last, whole networks are trained to the end with the decay of body or head
-    doubled or left out.
+    is measured after each and compared with the layer before; of the first network it is said how freely each layer moved
+    its features, as the beta at which the theory's solver would have left as much. Last, whole networks are trained to the
+    end by squared error and by cross-entropy, with the decay of body or head doubled or left out.
 
     Args:
         run: Keeps what is measured.
@@ -87,37 +88,56 @@ def near_collapse(
     ]
     layers = [[_variability(features, labels) for features in seen] for seen, labels in greedy]
     for number, reached in enumerate(zip(*layers, strict=True)):
-        run.record(
-            VARIABILITY, float(np.mean(reached)), better="lower", series=f"layer {number}" if number else "pixels"
-        )
-    run.ratio(
-        VARIABILITY, method=[one[-1] for one in layers], baseline=[one[1] for one in layers], better="lower",
-        series=f"layer {depth}", against="layer 1",
-    )  # fmt: skip
-    falls = [later < earlier for one in layers for earlier, later in pairwise(one)]
-    run.record("layers that lower it", float(np.mean(falls)), better="higher", series="greedy layers")
+        series = f"layer {number}" if number else "pixels"
+        for name, figures in zip((VARIABILITY, "NC1"), zip(*reached, strict=True), strict=True):
+            run.record(name, float(np.mean(figures)), better="lower", series=series)
+    # What each layer leaves of the variability before it; of each network the layer that takes away least.
+    left = np.array([[np.divide(later, earlier) for earlier, later in pairwise(one)] for one in layers])
+    for kind, name in enumerate((VARIABILITY, "NC1")):
+        for number in range(depth):
+            shares = left[:, number, kind].tolist()
+            run.ratio(
+                f"{name}, ratio", method=shares, baseline=[1.0] * seeds, better="lower", series=f"layer {number + 1}",
+                against="the layer before",
+            )  # fmt: skip
+        run.ratio(
+            f"{name}, ratio", method=left[:, :, kind].max(1).tolist(), baseline=[1.0] * seeds, better="lower",
+            series="weakest layer", against="the layer before",
+        )  # fmt: skip
     seen, labels = greedy[0]
     for number in run.progress(range(depth), "implied beta"):
-        if layers[0][number + 1] < layers[0][number]:
+        if layers[0][number + 1][0] < layers[0][number][0]:
             found_beta = implied_beta(
-                seen[number], labels, layers[0][number + 1], lam_w=10 * decay, lam_h=decay
+                seen[number], labels, layers[0][number + 1][0], lam_w=10 * decay, lam_h=decay
             )  # fmt: skip
             run.record("implied beta", found_beta, better="higher", series=f"layer {number + 1}")
 
     variants = {"both": (1, 1), "body x2": (2, 1), "body 0": (0, 1), "head x2": (1, 2), "head 0": (1, 0)}
-    whole = {
-        name: [_whole(per_class, width, long_steps, decay * body, decay * head, number) for number in range(seed, seed + seeds)]
-        for name, (body, head) in run.progress(list(variants.items()), "weight decay")
-    }  # fmt: skip
-    moved_by = {name: np.abs(np.log(np.array(values) / whole["both"])) for name, values in whole.items()}
-    for name, values in whole.items():
-        run.record("NC1 at the end", float(np.mean(values)), better="lower", series=name)
-    for change_of in ("x2", "0"):
-        run.ratio(
-            f"NC1 moved by decay {change_of}", method=moved_by[f"body {change_of}"].tolist(),
-            baseline=moved_by[f"head {change_of}"].tolist(), series="body", against="head",
-        )  # fmt: skip
-    run.figure(_figure(layers, whole))
+    shown: dict[str, list[float]] = {}
+    for loss in LOSSES:
+        whole = {
+            name: [
+                _whole(per_class, width, long_steps, decay * body, decay * head, number, loss)
+                for number in range(seed, seed + seeds)
+            ]
+            for name, (body, head) in run.progress(list(variants.items()), f"weight decay, {loss}")
+        }
+        for name, reached_by in whole.items():
+            for kind, measure in enumerate(("NC1 at the end", "NC2 at the end")):
+                values = [one[kind] for one in reached_by]
+                run.record(measure, float(np.mean(values)), better="lower", series=f"{name}, {loss}")
+        for change_of in ("x2", "0"):
+            # How far, on a logarithmic scale, a change of decay takes each seed's network from where it was.
+            body, head = (
+                np.abs(np.log(np.divide(whole[f"{part} {change_of}"], whole["both"]))) for part in ("body", "head")
+            )
+            for kind, measure in enumerate(("NC1", "NC2")):
+                run.difference(
+                    f"{measure} moved by decay {change_of}", method=body[:, kind].tolist(),
+                    baseline=head[:, kind].tolist(), unit="nats", series=f"body, {loss}", against="head",
+                )  # fmt: skip
+        shown |= {f"{name}, {loss}": [one[0] for one in ends] for name, ends in whole.items()}
+    run.figure(_figure([[one[0] for one in network] for network in layers], shown))
 
 
 def _greedy(
@@ -148,16 +168,20 @@ def _greedy(
     return seen, y
 
 
-def _variability(features: torch.Tensor, labels: torch.Tensor) -> float:
+def _variability(features: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Tr Sigma_W / tr Sigma_B, and NC1."""
     from paperworks.representation import NeuralCollapse
 
     metric = NeuralCollapse(10)
     metric.update(features, labels)
-    return float(metric.compute()["nc1_trace_ratio"])
+    found = metric.compute()
+    return float(found["nc1_trace_ratio"]), float(found["nc1"])
 
 
-def _whole(per_class: int, width: int, steps: int, of_body: float, of_head: float, seed: int) -> float:
-    """NC1 of a network of two hidden layers, with decay of its body and of its head."""
+def _whole(
+    per_class: int, width: int, steps: int, of_body: float, of_head: float, seed: int, loss: str
+) -> tuple[float, float]:
+    """NC1 and NC2 of the features of a network of two hidden layers, with decay of its body and of its head."""
     import torch
     from torch import nn
 
@@ -165,19 +189,21 @@ def _whole(per_class: int, width: int, steps: int, of_body: float, of_head: floa
 
     x, y = digits([per_class] * 10, seed)
     wanted = nn.functional.one_hot(y).float()
+    entropy = loss == "cross-entropy"
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         body = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        head = nn.Linear(width, 10, bias=False)
+        head = nn.Linear(width, 10, bias=entropy)
 
     def objective() -> torch.Tensor:
-        error = (head(body(x)) - wanted).square().sum() / 2 / len(x)
+        made = head(body(x))
+        error = nn.functional.cross_entropy(made, y) if entropy else (made - wanted).square().sum() / 2 / len(x)
         squared = sum((one.square().sum() for one in body.parameters()), torch.zeros(()))
         return error + of_body / 2 * squared + of_head / 2 * head.weight.square().sum()
 
     descend([*body.parameters(), *head.parameters()], objective, steps)
-    metric = NeuralCollapse.from_model(nn.Sequential(body, head), [(x, y)], "1")
-    return float(metric.compute()["nc1"])
+    found = NeuralCollapse.from_model(nn.Sequential(body, head), [(x, y)], "1").compute()
+    return float(found["nc1"]), float(found["nc2_means_etf"])
 
 
 def _figure(layers: Sequence[Sequence[float]], whole: dict[str, list[float]]) -> Figure:
@@ -189,7 +215,8 @@ def _figure(layers: Sequence[Sequence[float]], whole: dict[str, list[float]]) ->
         left.semilogy(one, "o-", color="#1f6f8b")
     left.set(xlabel="layers, trained one after the other", ylabel=VARIABILITY)
     right.bar(list(whole), [sum(values) / len(values) for values in whole.values()], color="#1f6f8b")
-    right.set(yscale="log", ylabel="NC1 at the end", xlabel="weight decay")
+    right.set(yscale="log", ylabel="NC1 at the end")
+    right.tick_params(axis="x", rotation=90)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

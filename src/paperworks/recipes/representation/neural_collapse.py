@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paperworks.representation import FrameGeometry, NeuralCollapse
 
 LENGTHS = "largest error of a row's length"
+LOSSES = ("squared error", "cross-entropy")
 
 
 class Trained(NamedTuple):
@@ -33,34 +34,39 @@ class Trained(NamedTuple):
 
 @recipe(
     "neural-collapse",
-    baseline="the network at zero training error, and the frame of balanced classes",
-    headline="fall of NC1",
-    tiny={"classes": 3, "smallest": 5, "largest": 15, "width": 16, "steps": 60, "seeds": 2},
+    baseline="the network at initialisation and at zero training error, and the frame of balanced classes",
+    columns=("NC1, ratio", "NC2, ratio", "NC3, ratio", "fall of NC1", "distance of the rows (NC2)"),
+    rows=("squared error*", "cross-entropy*", "end of training", "predicted frame"),
+    tiny={"classes": 3, "smallest": 5, "largest": 15, "width": 16, "depth": 2, "steps": 60, "seeds": 2},
     large={"width": 1024, "steps": 20_000, "seeds": 10},
 )
 def neural_collapse(
     run: Run,
-    classes: int = 10,
-    smallest: int = 15,
-    largest: int = 150,
-    width: int = 128,
-    steps: int = 1500,
-    seeds: int = 3,
-    restarts: int = 1,
+    classes: Annotated[int, Between(2, 10)] = 10,
+    smallest: Annotated[int, Between(1, 60)] = 15,
+    largest: Annotated[int, Between(1, 174)] = 150,
+    width: Annotated[int, Between(1, 256)] = 128,
+    depth: Annotated[int, Between(1, 6)] = 3,
+    steps: Annotated[int, Between(1, 6000)] = 1500,
+    seeds: Annotated[int, Between(1, 20)] = 5,
+    restarts: Annotated[int, Between(1, 4)] = 1,
     seed: int = 0,
 ) -> None:
     """Networks trained on digits far past zero error, against the closed form of the unconstrained feature model.
 
-    A multi-layer perceptron without a last bias minimises squared error with decay of features and classifier. Balanced
-    classes tell how far NC1 falls after the first step without a training error; imbalanced ones are compared with the
-    predicted frame, and with that of balanced classes; then decay is raised past the smallest class's threshold.
+    Perceptrons with a few linear layers at their end learn balanced classes, by squared error without a bias and by
+    cross-entropy with one, features and linear layers decaying: NC1 to NC3 of the linear layer that has collapsed least
+    are compared with those at initialisation. With one linear layer it is told how far NC1 falls after the first step
+    without a training error; imbalanced classes are compared with the predicted frame, and with that of balanced classes;
+    then decay is raised past the smallest class's threshold.
 
     Args:
         run: Keeps what is measured.
         classes: Digits to tell apart.
         smallest: Samples of the rarest digit.
         largest: Samples of the commonest; those between are spaced geometrically.
-        width: Of the two hidden layers, and of the features.
+        width: Of the hidden layers, of the features, and of what is between linear layers.
+        depth: Linear layers at the end of the networks that are compared with initialisation.
         steps: Of training, each on all samples.
         seeds: Networks.
         restarts: Starting points of the solver.
@@ -81,6 +87,17 @@ def neural_collapse(
     )
     run.record(LENGTHS, row_error(found.product, frame), better="lower", series="solver")
     networks = range(seed, seed + seeds)
+    for loss in LOSSES:
+        pairs = [
+            deep(even, width, depth, lam, steps, number, loss)
+            for number in run.progress(networks, f"{depth} layers, {loss}")
+        ]
+        for name in ("NC1", "NC2", "NC3"):
+            run.ratio(
+                f"{name}, ratio", method=[after[name] for _, after in pairs],
+                baseline=[before[name] for before, _ in pairs], better="lower",
+                series=f"{loss}, worst of {depth} layers", against="initialisation",
+            )  # fmt: skip
     balanced = [train(even, width, lam, steps, number) for number in run.progress(networks, "balanced")]
     imbalanced = [train(counts, width, lam, steps, number) for number in run.progress(networks, "imbalanced")]
     first, last = [one.at_zero_error for one in balanced], [one.path[-1][2] for one in balanced]
@@ -107,9 +124,13 @@ def neural_collapse(
     run.record("threshold found / predicted", float(-offset / slope), better="lower", series="network")
     run.record("squared row of the rarest digit", squared[-1], better="lower", series="1.2 of the threshold")
     run.compare(
-        baseline=("solver", lambda: unconstrained_features(counts, classes, lam_w=lam, lam_h=lam, restarts=1)),
-        method={"closed form": lambda: frame_geometry(counts, lam_w=lam, lam_h=lam)},
-        repeats=2,
+        baseline=(
+            "solver",
+            lambda decay: unconstrained_features(counts, classes, lam_w=decay, lam_h=decay, restarts=1),
+        ),
+        method={"closed form": lambda decay: frame_geometry(counts, lam_w=decay, lam_h=decay)},
+        over=[share * edge for share in (0.1, 0.2, 0.3, 0.5, 0.8)],
+        repeats=1,
     )
     run.figure(_figure(balanced[0].path, imbalanced[0].weight, frame, shares, squared, smallest, edge))
 
@@ -149,6 +170,60 @@ def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int) 
     with torch.no_grad():
         recall = float((model(x[y == len(counts) - 1]).argmax(1) == len(counts) - 1).float().mean())
     return Trained(NeuralCollapse.from_model(model, [(x, y)], "1"), head.weight.detach(), recall, path)
+
+
+def deep(
+    counts: Sequence[int], width: int, depth: int, lam: float, steps: int, seed: int, loss: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """NC1 to NC3 of the linear layer that has collapsed least, at initialisation and at the end.
+
+    Layer j is measured on the features that enter it, with the product of the layers from j on as the classifier.
+    """
+    import torch
+    from torch import nn
+
+    x, y = digits(counts, seed)
+    entropy = loss == "cross-entropy"
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width))
+        sizes = [width] * depth + [len(counts)]
+        layers = nn.ModuleList(
+            nn.Linear(sizes[number], sizes[number + 1], bias=entropy and number == depth - 1) for number in range(depth)
+        )
+    wanted = nn.functional.one_hot(y).float()
+
+    def objective() -> Tensor:
+        features = made = body(x)
+        for layer in layers:
+            made = layer(made)
+        error = nn.functional.cross_entropy(made, y) if entropy else (made - wanted).square().sum() / 2 / len(x)
+        decayed = [features, *(layer.weight for layer in layers)]
+        return error + lam / 2 * sum((one.square().sum() for one in decayed), torch.zeros(()))
+
+    def worst() -> dict[str, float]:
+        # Of squared error the frame is orthogonal, of cross-entropy with a bias a simplex.
+        frame = "etf" if entropy else "of"
+        found: dict[str, list[float]] = {"NC1": [], "NC2": [], "NC3": []}
+        with torch.no_grad():
+            made = body(x)
+            for number, layer in enumerate(layers):
+                product: Any = layer.weight
+                for later in layers[number + 1 :]:
+                    product = later.weight @ product
+                metric = NeuralCollapse(len(counts), weight=product)
+                metric.update(made, y)
+                told = metric.compute()
+                for name, value in (("NC1", told["nc1"]), ("NC2", told[f"nc2_{frame}"]), ("NC3", told[f"nc3_{frame}"])):
+                    found[name].append(float(value))
+                made = layer(made)
+        return {name: max(values) for name, values in found.items()}
+
+    from paperworks.representation import NeuralCollapse
+
+    before = worst()
+    descend([*body.parameters(), *layers.parameters()], objective, steps)
+    return before, worst()
 
 
 def row_error(rows: Tensor, frame: FrameGeometry) -> float:

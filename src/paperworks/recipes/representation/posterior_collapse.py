@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
 
 _BETAS = (0.1, 0.5, 1.0, 2.0, 4.0)
@@ -22,19 +22,19 @@ class Sweep(NamedTuple):
 
 @recipe(
     "posterior-collapse",
-    baseline="training and measuring",
-    headline="rank correlation with prediction",
+    baseline="training and measuring, and the model with independent x and y or lower weights",
+    columns=("divergence, largest error", "active units", "active units predicted", "rank correlation with prediction"),
     tiny={"epochs": 1, "latent": 4, "seeds": 1, "fit_latent": 2, "fit_steps": 200},
     large={"epochs": 300, "seeds": 10},
 )
 def posterior_collapse(
     run: Run,
-    latent: int = 16,
-    epochs: int = 60,
-    seeds: int = 2,
-    fit_latent: int = 4,
-    fit_steps: int = 3000,
-    eta_dec: float = 0.5,
+    latent: Annotated[int, Between(1, 64)] = 16,
+    epochs: Annotated[int, Between(1, 240)] = 60,
+    seeds: Annotated[int, Between(1, 20)] = 5,
+    fit_latent: Annotated[int, Between(1, 16)] = 4,
+    fit_steps: Annotated[int, Between(1, 12_000)] = 3000,
+    eta_dec: Annotated[float, Between(0.001, 10)] = 0.5,
     seed: int = 0,
 ) -> None:
     """What the theory predicts on digits from second moments alone, against what training gives.
@@ -136,18 +136,35 @@ def posterior_collapse(
     digits = against_prediction("beta", 16, {beta: (single, given, beta) for beta in _BETAS})
     # With few hidden units the decoder could not copy x, and the variables would have to.
     gaussian = against_prediction("rho", 8 * latent, {rho: (correlated(rho), latent, 1.0) for rho in _RHOS})
+    run.difference(
+        "active units, difference", method=gaussian.found[-1], baseline=gaussian.found[0], better="lower",
+        series=f"rho {_RHOS[-1]:g}", against=f"rho {_RHOS[0]:g}",
+    )  # fmt: skip
     for name, values in {"beta1": (0.5, 1.0, 4.0), "beta2": (0.5, 1.0, 4.0), "eta_dec": (0.25, 0.5, 1.0)}.items():
-        for value in run.progress(values, f"hierarchical VAEs, {name}"):
-            shares = [hierarchical(number, **{name: value}) for number in range(seeds)]
+        found = [
+            [hierarchical(number, **{name: value}) for number in range(seeds)]
+            for value in run.progress(values, f"hierarchical VAEs, {name}")
+        ]
+        for value, shares in zip(values, found, strict=True):
             run.record("active units of z2", fmean(shares), better="higher", series=f"{name} {value:g}")
+        run.difference(
+            "active units of z2, difference", method=found[-1], baseline=found[0], series=f"{name} {values[-1]:g}",
+            against=f"{name} {values[0]:g}", better="higher" if name == "beta1" else "lower",
+        )  # fmt: skip
 
-    def closed_form() -> None:
-        predicted_share(x, y, 1.0)
+    def closed_form(beta: float) -> None:
+        predicted_share(x, y, beta)
 
-    def training() -> None:
-        conditional(single, given, 1.0, 16, 0)
+    def training(beta: float) -> None:
+        conditional(single, given, beta, 16, 0)
 
-    run.compare(baseline=("training and measuring", training), method={"closed form": closed_form}, repeats=1, warmup=0)
+    run.compare(
+        baseline=("training and measuring", training),
+        method={"closed form": closed_form},
+        over=_BETAS,
+        repeats=1,
+        warmup=0,
+    )
     run.figure(_figure(pairs, {"beta, digits": digits, "rho, Gaussian": gaussian}))
 
 

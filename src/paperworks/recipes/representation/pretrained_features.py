@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from paperworks.lab.recipe import recipe
+from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -16,43 +16,56 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.floating[Any]]
 
-EXCESS = "excess risk"
+EXCESS, UNINFORMED = "excess risk", "excess risk, uninformative target"
 ERROR = "test error"
+LOGISTIC, SPREADING = "logistic regression", "label spreading"
+# Of the digits a quarter is for the test.
+TEST_TO_TRAIN = 1 / 3
 
 
 @recipe(
     "pretrained-features",
-    baseline="ridge or logistic regression on the labelled samples alone",
-    headline="exponent of m",
+    baseline="ridge or logistic regression on the labelled samples alone, and label spreading",
     tiny={"dims": 40, "largest": 1600, "sizes": 3, "pairs": 2000, "digits": 400, "components": 5, "repeats": 3},
     large={"largest": 204_800, "sizes": 7, "pairs": 100_000, "repeats": 50},
-)
+    columns=(
+        EXCESS, f"{EXCESS} against ridge", f"{UNINFORMED} against ridge", ERROR, f"{ERROR} against {LOGISTIC}",
+        f"{ERROR} against {SPREADING}",
+    ),
+    rows=("pretrained, *", "ridge, *", "true model", "mixture, *", "contrastive, *", "digits, *"),
+)  # fmt: skip
 def pretrained_features(
     run: Run,
-    dims: int = 200,
-    factors: int = 4,
-    labelled: int = 80,
-    smallest: int = 50,
-    largest: int = 12_800,
-    sizes: int = 5,
-    pairs: int = 20_000,
-    digits: int = 1797,
-    components: int = 10,
-    repeats: int = 10,
+    dims: Annotated[int, Between(1, 400)] = 200,
+    factors: Annotated[int, Between(1, 16)] = 4,
+    labelled: Annotated[int, Between(2, 320)] = 80,
+    smallest: Annotated[int, Between(1, 200)] = 50,
+    largest: Annotated[int, Between(1, 51_200)] = 12_800,
+    sizes: Annotated[int, Between(2, 12)] = 5,
+    pairs: Annotated[int, Between(1, 80_000)] = 20_000,
+    digits: Annotated[int, Between(20, 1797)] = 1797,
+    components: Annotated[int, Between(1, 40)] = 10,
+    repeats: Annotated[int, Between(2, 40)] = 10,
     seed: int = 0,
 ) -> None:
-    """Excess risk by the number of unlabelled samples, and what pretraining gains over the labels alone.
+    """Excess risk by the numbers of unlabelled and labelled samples, against learning from the labels alone.
 
-    Factor models: excess risks are exact, of the Gaussian the data are drawn from. The part that the model's error
-    causes is what the best predictor on its features leaves; its fall with m is held against the bound's m^(-1/2), and
-    a target that the factors do not tell anything about shows what the informative condition is for. Then Gaussian
-    mixtures with binary labels by component, contrastive pairs with a linear embedding, and digits, odd or even.
+    Factor models: excess risks are exact, of the Gaussian the data are drawn from. Pretraining is held against ridge
+    regression at equal labelled samples, for each number m of unlabelled and n of labelled ones. The bound says that the
+    part which the model's error causes, what the best predictor on its features leaves, falls at least as fast as m^(-1/2),
+    and the rest as n^(-1/2); whether the exponents keep to that is counted, a faster fall being no gain. A target that the
+    factors do not tell anything about shows what the informative condition is for, and kappa how informative a model is.
+
+    Then Gaussian mixtures with binary labels by component, contrastive pairs with a linear embedding, and digits, odd or
+    even, each time with another split, model and labels. Penalties of the baselines are chosen by cross-validation; label
+    spreading uses the unlabelled samples too.
 
     Args:
         run: Keeps what is measured.
         dims: Features of the factor model.
         factors: Of the factor model.
-        labelled: Samples with targets; half as many for the mixture, 30 for the pairs and 20 for digits.
+        labelled: Samples with targets, and from a quarter of them to four times as many; half as many for the mixture, 30
+            for the pairs and 20 for digits.
         smallest: Unlabelled samples to begin with.
         largest: Unlabelled samples at most.
         sizes: How many numbers of them, spaced geometrically.
@@ -67,41 +80,37 @@ def pretrained_features(
     from paperworks.representation import FactorModel, PretrainedFeatures
 
     grid = np.geomspace(smallest, largest, sizes).round().astype(int)
+    counts = np.array([n for n in (labelled * 2**power // 4 for power in range(5)) if n > factors])
     randoms = np.random.default_rng(seed).spawn(repeats)
-    drawn = [_by_size(dims, factors, labelled, grid, random) for random in run.progress(randoms, "factor models")]
-    pretrained, of_model, uninformed = (np.array(one) for one in list(zip(*drawn, strict=True))[:3])
-    supervised, oracle = [one.supervised for one in drawn], [one.oracle for one in drawn]
-    for m, excess, part, kept in zip(grid, pretrained.T, of_model.T, uninformed.T, strict=True):
-        run.ratio(
-            EXCESS, method=excess.tolist(), baseline=supervised, better="lower", series=f"pretrained, m = {m}", against="ridge",
-        )  # fmt: skip
-        run.record(EXCESS, float(excess.mean()), better="lower", series=f"pretrained, m = {m}")
-        run.record("excess risk of the model", float(part.mean()), better="lower", series=f"m = {m}")
-        run.record("excess risk, uninformative target", float(kept.mean()), better="lower", series=f"m = {m}")
-    run.record(EXCESS, float(np.mean(supervised)), better="lower", series="ridge")
-    run.record(EXCESS, float(np.mean(oracle)), better="lower", series="true model")
-    slopes = -np.polyfit(np.log(grid), np.log(of_model).T, 1)[0]
-    run.record("exponent of m", float(slopes.mean()), better="higher", series="measured")
-    run.ratio(
-        "exponent of m", method=slopes.tolist(), baseline=[0.5] * repeats, series="measured", against="the bound's 1/2"
-    )
+    drawn = [
+        _by_size(dims, factors, labelled, grid, counts, random) for random in run.progress(randoms, "factor models")
+    ]
+    _record_factors(run, grid, counts, labelled, drawn)
 
     clustered = [_clusters(labelled // 2, largest // 4, random) for random in run.progress(randoms, "mixtures")]
     embedded = [_pairs(pairs, 30, random) for random in run.progress(randoms, "contrastive pairs")]
-    counts = (components, 3 * components)
-    of_digits = [f"pretrained, K = {count}" for count in counts]
-    for metric, task, rows, ours, against in (
-        (ERROR, "mixture", clustered, ["pretrained"], "logistic regression"),
-        (EXCESS, "contrastive", embedded, ["pretrained"], "ridge"),
-        (ERROR, "digits", _digits(digits, 20, counts, repeats, seed), of_digits, "logistic regression"),
-    ):
-        *methods, theirs = (list(one) for one in zip(*rows, strict=True))
-        run.record(metric, float(np.mean(theirs)), better="lower", series=f"{task}, {against}")
-        for name, values in zip(ours, methods, strict=True):
-            run.record(metric, float(np.mean(values)), better="lower", series=f"{task}, {name}")
-            run.ratio(
-                metric, method=values, baseline=theirs, better="lower", series=f"{task}, {name}", against=against
-            )  # fmt: skip
+    sizes_of_mixture = (components, 3 * components)
+    numbers = run.progress(range(seed, seed + repeats), "digits")
+    of_digits = [_digits(digits, 20, sizes_of_mixture, number) for number in numbers]
+    for metric, task, rows, ours, theirs, share in (
+        (ERROR, "mixture", clustered, ["pretrained"], [LOGISTIC, SPREADING], None),
+        (EXCESS, "contrastive", embedded, ["pretrained"], ["ridge"], None),
+        (ERROR, "digits", of_digits, [f"pretrained, K = {count}" for count in sizes_of_mixture], [LOGISTIC, SPREADING], TEST_TO_TRAIN),
+    ):  # fmt: skip
+        found = dict(zip([*ours, *theirs], ([*one] for one in zip(*rows, strict=True)), strict=True))
+        for name, values in found.items():
+            run.mean(metric, values, better="lower", series=f"{task}, {name}")
+        # Some errors are 0, so that there may be no ratio of them; excess risks are above it.
+        held = run.difference if metric == ERROR else run.ratio
+        for name in ours:
+            for against in theirs:
+                held(
+                    metric, method=found[name], baseline=found[against], better="lower", series=f"{task}, {name}",
+                    against=against, test_to_train=share,
+                )  # fmt: skip
+    run.mean("kappa", [one.kappa for one in drawn], better="lower", series="factor model")
+    kappas = [_kappa_of_mixture(random) for random in run.progress(randoms, "informativeness")]
+    run.mean("kappa", kappas, better="lower", series="mixture")
 
     x, y = (random := randoms[0]).normal(size=(largest, dims)), random.normal(size=labelled)
     run.compare(
@@ -109,17 +118,64 @@ def pretrained_features(
         method={"pretrained": lambda: PretrainedFeatures(FactorModel(factors)).fit(x[:labelled], y, x[labelled:])},
         repeats=2,
     )
-    run.figure(_figure(grid, pretrained, of_model, uninformed, supervised, oracle))
+    run.figure(_figure(grid, counts, labelled, drawn))
 
 
 class BySize(NamedTuple):
-    """Excess risks of one draw; the first three for each number of unlabelled samples."""
+    """Excess risks of one draw.
+
+    `pretrained`, `of_model` and `uninformed` are by the number of unlabelled samples, `pretrained_by_labels` and
+    `ridge_by_labels` by that of labelled ones at most unlabelled ones; `kappa` is of the model that has seen most but one.
+    """
 
     pretrained: list[float]
     of_model: list[float]
     uninformed: list[float]
+    pretrained_by_labels: list[float]
+    ridge_by_labels: list[float]
+    oracle_by_labels: list[float]
     supervised: float
+    supervised_uninformed: float
     oracle: float
+    kappa: float
+
+
+def _record_factors(
+    run: Run, grid: NDArray[np.int64], counts: NDArray[np.int64], labelled: int, drawn: Sequence[BySize]
+) -> None:
+    import numpy as np
+
+    pretrained, of_model, uninformed, ours, theirs, oracles = (
+        np.array(one) for one in list(zip(*drawn, strict=True))[:6]
+    )
+    supervised, uninformed_ridge = [one.supervised for one in drawn], [one.supervised_uninformed for one in drawn]
+    for m, excess, part, kept in zip(grid, pretrained.T, of_model.T, uninformed.T, strict=True):
+        series = f"pretrained, m = {m}, n = {labelled}"
+        for name, values, baseline in ((EXCESS, excess, supervised), (UNINFORMED, kept, uninformed_ridge)):
+            run.mean(name, values.tolist(), better="lower", series=series)
+            run.ratio(name, method=values.tolist(), baseline=baseline, better="lower", series=series, against="ridge")
+        run.mean("excess risk of the model", part.tolist(), better="lower", series=f"m = {m}")
+    for n, excess, baseline in zip(counts, ours.T, theirs.T, strict=True):
+        if n != labelled:
+            series = f"pretrained, m = {grid[-1]}, n = {n}"
+            run.mean(EXCESS, excess.tolist(), better="lower", series=series)
+            run.ratio(
+                EXCESS, method=excess.tolist(), baseline=baseline.tolist(), better="lower", series=series, against="ridge"
+            )  # fmt: skip
+        run.mean(EXCESS, baseline.tolist(), better="lower", series=f"ridge, n = {n}")
+    run.mean(EXCESS, [one.oracle for one in drawn], better="lower", series="true model")
+    unit = f"of {len(drawn)}"
+    for series, numbers, fall in (
+        ("of the model in m", grid, of_model), ("with the true model in n", counts, oracles),
+        ("uninformative target, in m", grid, uninformed),
+    ):  # fmt: skip
+        exponents = -np.polyfit(np.log(numbers), np.log(fall).T, 1)[0]
+        run.mean("exponent of the fall", exponents.tolist(), better="higher", series=series)
+        if "uninformative" not in series:
+            kept = int((exponents >= 0.5).sum())
+            run.record(
+                "draws that keep to the bound's exponent of 1/2", kept, unit=unit, better="higher", series=series
+            )
 
 
 def ridge() -> Any:
@@ -130,13 +186,40 @@ def ridge() -> Any:
     return RidgeCV(np.logspace(-2, 5, 29))
 
 
-def _by_size(dims: int, factors: int, labelled: int, grid: NDArray[np.int64], random: np.random.Generator) -> BySize:
-    """Factor models fitted to more and more of the same samples, for the same labelled ones."""
+def logistic() -> Any:
+    """Logistic regression with the penalty that cross-validation chooses."""
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+
+    return GridSearchCV(LogisticRegression(max_iter=1000), {"C": np.logspace(-3, 3, 7)}, cv=4)
+
+
+def _spread(x: Array, y: NDArray[Any], unlabelled: Array, x_test: Array) -> NDArray[Any]:
+    """Classes of other samples by spreading labels over the graph of nearest neighbours."""
+    import numpy as np
+    from sklearn.semi_supervised import LabelSpreading
+
+    known = np.concatenate([y, np.full(len(unlabelled), -1)])
+    # A sample that no label reaches has no probabilities; it takes the first class.
+    with np.errstate(invalid="ignore"):
+        return LabelSpreading(kernel="knn").fit(np.concatenate([x, unlabelled]), known).predict(x_test)
+
+
+def _by_size(
+    dims: int,
+    factors: int,
+    labelled: int,
+    grid: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    random: np.random.Generator,
+) -> BySize:
+    """Factor models fitted to more and more of the same samples, for more and more of the same labelled ones."""
     import numpy as np
     from scipy.linalg import null_space
     from sklearn.frozen import FrozenEstimator
 
-    from paperworks.representation import FactorModel, PretrainedFeatures
+    from paperworks.representation import FactorModel, PretrainedFeatures, informativeness
 
     B = 0.25 * random.normal(size=(dims, factors))
     beta = random.normal(size=factors)
@@ -165,7 +248,8 @@ def _by_size(dims: int, factors: int, labelled: int, grid: NDArray[np.int64], ra
         target = weights @ best
         return float(((target - features @ np.linalg.lstsq(features, target)[0]) ** 2).sum())
 
-    (x, y, other), unlabelled = draw(labelled), draw(int(grid[-1]))[0]
+    (all_x, all_y, other), unlabelled = draw(int(max(labelled, *counts))), draw(int(grid[-1]))[0]
+    x, y, other = all_x[:labelled], all_y[:labelled], other[:labelled]
     at_sizes: tuple[list[float], list[float], list[float]] = ([], [], [])
     for m in grid:
         informed = PretrainedFeatures(FactorModel(factors)).fit(x, y, X_unlabeled=unlabelled[:m])
@@ -175,14 +259,21 @@ def _by_size(dims: int, factors: int, labelled: int, grid: NDArray[np.int64], ra
             kept.append(figure)
     true = FactorModel(factors)
     true.mean_, true.loadings_, true.noise_variance_ = np.zeros(dims), B, 1.0
-    oracle = excess(PretrainedFeatures(FrozenEstimator(true)).fit(x, y), best)
-    return BySize(*at_sizes, excess(ridge().fit(x, y), best), oracle)
+    pretrained, model = PretrainedFeatures(FrozenEstimator(true)), FactorModel(factors).fit(unlabelled)
+    most = PretrainedFeatures(FrozenEstimator(model))
+    by_count = [
+        [excess(learner.fit(all_x[:n], all_y[:n]), best) for n in counts] for learner in (most, ridge(), pretrained)
+    ]
+    return BySize(  # type: ignore[call-arg]
+        *at_sizes, *by_count,  # type: ignore[arg-type]
+        excess(ridge().fit(x, y), best), excess(ridge().fit(x, other), np.sqrt(2) * aside),
+        excess(pretrained.fit(x, y), best),
+        informativeness(FactorModel(factors), unlabelled[: grid[-2]], draws=5, random_state=int(random.integers(2**31))).kappa,
+    )  # fmt: skip
 
 
-def _clusters(labelled: int, unlabelled: int, random: np.random.Generator) -> tuple[float, float]:
-    """Test errors with and without pretraining where a label goes by the component of 8 in 30 dimensions."""
-    from sklearn.linear_model import LogisticRegression
-
+def _clusters(labelled: int, unlabelled: int, random: np.random.Generator) -> tuple[float, ...]:
+    """Test errors with pretraining, and of both baselines, where a label goes by the component of 8 in 30 dimensions."""
     from paperworks.representation import MixtureModel, PretrainedFeatures
 
     means, table = random.normal(size=(8, 30)), random.permutation([0, 0, 0, 0, 1, 1, 1, 1])
@@ -190,10 +281,25 @@ def _clusters(labelled: int, unlabelled: int, random: np.random.Generator) -> tu
     x = means[z] + random.normal(size=(len(z), 30))
     y = table[z]
     seen, test = slice(labelled), slice(labelled + unlabelled, None)
+    unseen = x[labelled : labelled + unlabelled]
     model = MixtureModel(8, random_state=int(random.integers(2**31)))
-    ours = PretrainedFeatures(model).fit(x[seen], y[seen], X_unlabeled=x[labelled : labelled + unlabelled])
-    theirs = LogisticRegression(max_iter=1000).fit(x[seen], y[seen])
-    return 1 - ours.score(x[test], y[test]), 1 - float(theirs.score(x[test], y[test]))
+    ours = PretrainedFeatures(model).fit(x[seen], y[seen], X_unlabeled=unseen)
+    told = (
+        ours.predict(x[test]),
+        logistic().fit(x[seen], y[seen]).predict(x[test]),
+        _spread(x[seen], y[seen], unseen, x[test]),
+    )
+    return tuple(float((one != y[test]).mean()) for one in told)
+
+
+def _kappa_of_mixture(random: np.random.Generator) -> float:
+    """Of a mixture like those."""
+    from paperworks.representation import MixtureModel, informativeness
+
+    means = random.normal(size=(8, 30))
+    x = means[random.integers(8, size=800)] + random.normal(size=(800, 30))
+    number = int(random.integers(2**31))
+    return informativeness(MixtureModel(8, n_init=3, random_state=number), x, draws=3, random_state=number).kappa
 
 
 def _pairs(size: int, labelled: int, random: np.random.Generator) -> tuple[float, float]:
@@ -217,48 +323,53 @@ def _pairs(size: int, labelled: int, random: np.random.Generator) -> tuple[float
     return excess(PretrainedFeatures(model).fit(seen, y, pairs=(x, other, similar))), excess(ridge().fit(seen, y))
 
 
-def _digits(size: int, labelled: int, counts: Sequence[int], repeats: int, seed: int) -> list[tuple[float, ...]]:
-    """Test errors of odd against even for each number of components, and without pretraining; only the labels change."""
+def _digits(size: int, labelled: int, counts: Sequence[int], seed: int) -> tuple[float, ...]:
+    """Test errors of odd against even for each number of components, and of both baselines, for a split of its own."""
     import numpy as np
     from sklearn.datasets import load_digits
-    from sklearn.frozen import FrozenEstimator
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
 
     from paperworks.representation import MixtureModel, PretrainedFeatures
 
     x, digit = load_digits(return_X_y=True)
     x, x_test, y, y_test = train_test_split(x[:size] / 16, digit[:size] % 2, test_size=0.25, random_state=seed)
-    learners = [
-        *(PretrainedFeatures(FrozenEstimator(MixtureModel(K, random_state=seed).fit(x))) for K in counts),
-        LogisticRegression(max_iter=1000),
+    # As many of each class, so that every fold of the baseline has both.
+    few = np.concatenate([np.flatnonzero(y == parity)[: labelled // 2] for parity in (0, 1)])
+    others = np.delete(x, few, axis=0)
+    told = [
+        PretrainedFeatures(MixtureModel(K, random_state=seed)).fit(x[few], y[few], X_unlabeled=others).predict(x_test)
+        for K in counts
     ]
-    chosen = [random.permutation(len(x))[:labelled] for random in np.random.default_rng(seed).spawn(repeats)]
-    return [tuple(1 - float(one.fit(x[few], y[few]).score(x_test, y_test)) for one in learners) for few in chosen]
+    told += [logistic().fit(x[few], y[few]).predict(x_test), _spread(x[few], y[few], others, x_test)]
+    return tuple(float((one != y_test).mean()) for one in told)
 
 
-def _figure(
-    grid: NDArray[np.int64],
-    pretrained: Array,
-    of_model: Array,
-    uninformed: Array,
-    supervised: list[float],
-    oracle: list[float],
-) -> Figure:
+def _figure(grid: NDArray[np.int64], counts: NDArray[np.int64], labelled: int, drawn: Sequence[BySize]) -> Figure:
+    import numpy as np
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.loglog(grid, pretrained.mean(0), "o-", color="#1f6f8b", label="pretrained")
-    left.loglog(grid, uninformed.mean(0), "o-", color="#c9a66b", label="pretrained, uninformative target")
-    for values, label, colour in ((supervised, "ridge", "#c8553d"), (oracle, "true model", "#777777")):
+    pretrained, of_model, uninformed, ours, theirs, oracles = (
+        np.array(one).mean(0) for one in list(zip(*drawn, strict=True))[:6]
+    )
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.loglog(grid, pretrained, "o-", color="#1f6f8b", label="pretrained")
+    left.loglog(grid, uninformed, "o-", color="#c9a66b", label="pretrained, uninformative target")
+    for values, label, colour in (
+        ([one.supervised for one in drawn], "ridge", "#c8553d"), ([one.oracle for one in drawn], "true model", "#777777"),
+    ):  # fmt: skip
         left.axhline(sum(values) / len(values), label=label, color=colour, linestyle="--")
     # Room for the legend above the lines.
-    left.set(xlabel="unlabelled samples m", ylabel="excess risk", ylim=(None, 30))
-    right.loglog(grid, of_model.mean(0), "o-", color="#1f6f8b", label="excess risk of the model")
-    right.loglog(grid, of_model[:, -1].mean() * (grid / grid[-1]) ** -0.5, ":", color="#777777", label="slope -1/2")
+    left.set(xlabel=f"unlabelled samples m, for n = {labelled}", ylabel="excess risk", ylim=(None, 30))
+    for values, label, colour in (
+        (ours, "pretrained", "#1f6f8b"), (theirs, "ridge", "#c8553d"), (oracles, "true model", "#777777"),
+    ):  # fmt: skip
+        middle.loglog(counts, values, "o-", color=colour, label=label)
+    middle.set(xlabel=f"labelled samples n, for m = {grid[-1]}")
+    right.loglog(grid, of_model, "o-", color="#1f6f8b", label="excess risk of the model")
+    right.loglog(grid, of_model[0] * (grid / grid[0]) ** -0.5, ":", color="#777777", label="the bound's slope, -1/2")
     right.set(xlabel="unlabelled samples m")
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
