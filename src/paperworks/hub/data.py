@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal, overload
 
 from paperworks.errors import UsageError
-from paperworks.hub import hosted, readers
+from paperworks.hub import extents, hosted, readers
 from paperworks.hub.kinds import (
     CharacterData,
     Conversation,
@@ -89,29 +91,33 @@ def load_dataset(
     path: str | Path | None = None,
 ) -> TableData: ...
 @overload
-def load_dataset(name: str, *, split: str | None = None, path: str | Path | None = None) -> Dataset: ...
-def load_dataset(name: str, *, split: str | None = None, path: str | Path | None = None) -> Dataset:
+def load_dataset(name: str | Path, *, split: str | None = None, path: str | Path | None = None) -> Dataset: ...
+def load_dataset(name: str | Path, *, split: str | None = None, path: str | Path | None = None) -> Dataset:
     """A data set by name, or the user's own file.
 
     Looked for in this order: the path, the folder `PAPERWORKS_DATA`, what an installed package ships, the
-    Hugging Face Hub or OpenML. What is downloaded is checked by size or checksum, and by its known extent.
+    Hugging Face Hub or OpenML. What is downloaded is compared with its checksums; and wherever it comes from, a set by
+    name with what is known of it: how much it holds, within which bounds, and, where it is read from files, what.
 
     Args:
         name: one of those that `datasets()` lists; or the user's own: the folder of such a set, a text file
-            (.txt), or a table of numbers (.csv) whose last column is the target.
+            (.txt), or a table of numbers (.csv), with names above it or without, whose last column is the target.
         split: which part, where a set has parts ("train", "valid", "test"); None is the test part.
         path: folder that holds the set's files, or holds the set's folder as `PAPERWORKS_DATA` would.
 
     Raises:
-        UsageError: the name or split is unknown, a file is damaged, or the data is not here and cannot be
-            fetched.
+        UsageError: the name or split is unknown, a file is damaged or holds other data, or the data is not here and
+            cannot be fetched.
 
     Example:
         >>> iris = load_dataset("iris")
         >>> iris.X.shape, iris.classes
         ((150, 4), ('setosa', 'versicolor', 'virginica'))
     """
-    if path is None and Path(name).suffix in (".txt", ".csv"):
+    name = str(name)
+    if not name.strip():
+        raise UsageError("The name of the data set is empty: give one that datasets() lists, or a path.")
+    if path is None and Path(name).suffix.lower() in (".txt", ".csv"):
         return _own_file(name, split)
     if path is None and name not in _SOURCES and Path(name).expanduser().is_dir():
         # The folder of one set: .../gsm8k.
@@ -130,10 +136,23 @@ def load_dataset(name: str, *, split: str | None = None, path: str | Path | None
     elif source.read is not None and (root := data_root()):
         files = _find(root, source, split)
     if files:
-        return _read(source, name, split, files)
+        shown = ", ".join(map(str, files))
+        with _one_sentence(f"{shown} cannot be read as {name}", "correct or replace what is there"):
+            assert source.read is not None
+            data = source.read(name, split, files)
+            extents.check(data, from_files=True)
+        return data
     if source.fetch is None:
         raise UsageError(f"The data set {name!r} is not here and no hub is known for it: {source.cure}.")
-    return source.fetch(name, split)
+    cure = (
+        f"set PAPERWORKS_DATA to a folder that holds {' and '.join(source.files).format(split=split)}"
+        if source.files
+        else "install that package again"
+    )
+    with _one_sentence(f"{name} is not what it should be ({source.origin})", cure):
+        data = source.fetch(name, split)
+        extents.check(data)
+    return data
 
 
 def datasets() -> list[Entry]:
@@ -166,9 +185,9 @@ def prompts(name: str = "built-in", n: int | None = None) -> list[str]:
     elif name == "mt_bench":
         found = [conversation.turns[0] for conversation in load_dataset("mt_bench")]
     else:
-        raise unknown("set of prompts", name, ["built-in", "mt_bench"], "your own list of strings")
-    if n is not None and not 1 <= n <= len(found):
-        raise UsageError(f"n is {n}, but {name} has {len(found)} prompts: give n from 1 to {len(found)}.")
+        raise unknown("set of prompts", str(name), ["built-in", "mt_bench"], "your own list of strings")
+    if n is not None and (type(n) is not int or not 1 <= n <= len(found)):
+        raise UsageError(f"n is {n!r}, but {name} has {len(found)} prompts: give n from 1 to {len(found)}.")
     return found[:n]
 
 
@@ -218,15 +237,16 @@ def _here(source: _Source) -> bool:
     return bool(root and source.read and any(_find(root, source, split) for split in source.splits or ("",)))
 
 
-def _read(source: _Source, name: str, split: str, files: Sequence[Path]) -> Dataset:
-    assert source.read is not None
+@contextmanager
+def _one_sentence(what: str, cure: str) -> Iterator[None]:
+    """Turn what goes wrong with damaged or other data into a sentence that begins with `what`."""
     try:
-        return source.read(name, split, files)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        if isinstance(error, UsageError):
-            raise
-        shown = ", ".join(map(str, files))
-        raise UsageError(f"{shown} cannot be read as {name}: {error!s}; replace the damaged file.") from error
+        yield
+    except UsageError:
+        raise
+    # What pyarrow raises is a ValueError; RuntimeError is an archive with a password.
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{what}: {error!s}; {cure}.") from error
 
 
 def _own_file(name: str, split: str | None) -> Dataset:
@@ -235,18 +255,19 @@ def _own_file(name: str, split: str | None) -> Dataset:
         raise UsageError(f"{name} is one file, without parts: leave out split={split!r}.")
     if not file.is_file():
         raise UsageError(f"There is no file {name!r}: give a text file, a table, or a data set's name.")
-    return _read(_Source("", readers.text if file.suffix == ".txt" else readers.table), file.name, "", [file])
+    kind, read = ("text", readers.text) if file.suffix.lower() == ".txt" else ("a table of numbers", readers.table)
+    with _one_sentence(f"{file} cannot be read as {kind}", "correct the file"):
+        return read(file.name, "", [file])
 
 
 def _uci(short: str) -> _Source:
-    known = hosted.UCI.get(short)
+    number = hosted.UCI.get(short)
     place = f"uci/{short}.txt"
-    on_openml = known is not None and known.openml is not None
     return _Source(
-        f"OpenML {known.openml}" if known and on_openml else f"{place} in PAPERWORKS_DATA",
+        f"OpenML {number}" if number else f"{place} in PAPERWORKS_DATA",
         readers.table,
         (place,),
-        fetch=hosted.openml_uci if on_openml else None,
+        fetch=hosted.openml_uci if number else None,
         cure=f"set PAPERWORKS_DATA to a folder that holds {place} (the last column is the target)",
     )
 
@@ -281,7 +302,7 @@ _SOURCES: dict[str, _Source] = {
     "mnist-10k": _Source(
         "OpenML 554 (mnist_784), the last 10,000",
         readers.mnist,
-        ("mnist-10k/images-idx3-ubyte.gz", "mnist-10k/labels-idx1-ubyte.gz"),
+        hosted.MNIST,
         fetch=hosted.openml_mnist,
     ),
     "omniglot": _Source(

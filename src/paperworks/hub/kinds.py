@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -47,8 +48,15 @@ class Question:
 
     @property
     def number(self) -> float:
-        """The final number of the answer, which follows `####`."""
-        return float(self.answer.rpartition("####")[2].strip().replace(",", ""))
+        """The final number of the answer, which follows `####`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = re.search(r"####\s*([-+]?[\d,]*\.?\d+)\s*$", self.answer)
+        if found is None:
+            raise ValueError(f"the answer ends with {self.answer[-20:]!r}, not with #### and a number")
+        return float(found[1].replace(",", ""))
 
 
 @dataclass(frozen=True)
@@ -147,13 +155,13 @@ class ImageData:
         """The same data with images of `size` x `size` pixels, each the mean of the pixels it covers.
 
         Raises:
-            ValueError: size below 1.
+            ValueError: size is not a whole number from 1 on.
         """
         import numpy as np
         from PIL import Image
 
-        if size < 1:
-            raise ValueError(f"size is {size}; give the side of the images in pixels, at least 1.")
+        if type(size) is not int or size < 1:
+            raise ValueError(f"size is {size!r}; give the side of the images in pixels, at least 1.")
         images = np.empty((len(self.images), size, size), np.uint8)
         for small, image in zip(images, self.images, strict=True):
             small[:] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))

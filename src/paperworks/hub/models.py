@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from paperworks.hub.places import (
     Entry,
     data_root,
     from_hugging_face,
+    has_checksum,
     package_folder,
     sha256,
     unknown,
@@ -31,12 +34,15 @@ _TINY = "tiny-random-llama"
 _SEED = 20_240_501
 
 # Raised when the conversion below changes, so that folders made by an older one are made again.
-_CONVERSION = 1
+_CONVERSION = 2
 _MANIFEST = "paperworks.json"
+
+# Of a repository on the Hugging Face Hub; weights as safetensors only, never as pickles.
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in evaluation mode.
 
@@ -50,7 +56,8 @@ def load_model(
         device: where the weights go; None is the CPU.
 
     Raises:
-        UsageError: the name is unknown, the model is not here and cannot be fetched, or it cannot be read.
+        UsageError: the name is unknown, the model is not here and cannot be fetched, it cannot be read, its weights
+            do not fill it or are not finite, or dtype or device cannot be had.
 
     Example:
         >>> model, tokenizer = load_model("tiny-random-llama")
@@ -59,11 +66,14 @@ def load_model(
         >>> model(**tokenizer("Hi!", return_tensors="pt")).logits.shape
         torch.Size([1, 3, 128])
     """
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"Loading {name!r} needs transformers: pip install 'paperworks[llm]'.") from error
+    name = str(name)
+    _check_installed(name)
+    import torch
+
+    if not name.strip():
+        raise UsageError("The name of the model is empty: give one that models() lists, a path or a Hugging Face id.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype is {dtype!r}: give one of floating point, such as torch.bfloat16.")
     path = _path(name)
     if path is None and name == _TINY:
         model, tokenizer = _tiny_random_llama()
@@ -73,9 +83,23 @@ def load_model(
         if path is None:
             path = _shipped(name) or _hugging_face(name)
         model, tokenizer = _from_gguf(path, dtype) if path.is_file() else _from_folder(path, dtype)
-    model.to(torch.device(device) if device is not None else torch.device("cpu"))
+    _check_finite(name, model)
+    try:
+        model.to(torch.device(device if device is not None else "cpu"))
+    # AssertionError: PyTorch was built without that kind of device.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"The device {str(device)!r} cannot take {name} ({reason}): give another, or None.") from error
     model.eval()
     return model, tokenizer
+
+
+def _check_installed(name: str) -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"Loading {name!r} needs transformers: pip install 'paperworks[llm]'.") from error
 
 
 def models() -> list[Entry]:
@@ -122,35 +146,155 @@ def _shipped(name: str) -> Path | None:
     file = _gguf_in(package)
     if file is None:
         raise UsageError(f"The model {name!r} is not installed: {install}")
+    if (recorded := _recorded(package, file)) and not has_checksum(file, recorded):
+        raise UsageError(
+            f"{file} is damaged (another checksum than the package's record of it): {install} --force-reinstall"
+        )
     return file
 
 
+def _recorded(package: str, file: Path) -> str | None:
+    """SHA-256 of a package's file, in hexadecimal, as its installer wrote it down; None where it did not."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = next((item.hash for item in files if item.name == file.name and item.locate() == file), None)
+    if found is None or found.mode != "sha256":
+        return None
+    return base64.urlsafe_b64decode(found.value + "=").hex()
+
+
 def _hugging_face(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "~")):
+    if not _is_repository(name):
         known = [entry.name for entry in models()]
         raise unknown("model", name, known, "an existing folder or a Hugging Face id (owner/name)")
-    return from_hugging_face(
-        name,
-        ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-        cure="give a local folder, smollm2-135m or tiny-random-llama instead",
-    )
+    return from_hugging_face(name, _FILES, cure="give a local folder, smollm2-135m or tiny-random-llama instead")
+
+
+def _is_repository(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "~"))
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        # ImportError: the tokenizer or the architecture wants a package which is not installed.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{folder} is no causal language model with tokenizer that loads: {first}") from error
+    with _named(f"{folder} is no causal language model with tokenizer that loads"), _quiet():
+        if (folder / "generation_config.json").is_file():
+            # With the model, transformers goes on without it where it is damaged.
+            GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = _filled(AutoModelForCausalLM, folder, dtype=dtype or "auto", use_safetensors=True)
     return model, tokenizer
+
+
+def load_image_classifier(name: str) -> PreTrainedModel:
+    """An image classifier of transformers in float32, in evaluation mode.
+
+    Args:
+        name: a folder written by `save_pretrained`, or a Hugging Face id.
+
+    Raises:
+        UsageError: there is none of that name, it cannot be read, or its weights do not fill it.
+    """
+    _check_installed(name)
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not _is_repository(name):
+            raise UsageError(
+                f"There is no folder {name!r}: give a transformers folder or a Hugging Face id (owner/name)."
+            )
+        folder = from_hugging_face(name, _FILES, cure="give a local folder")
+    with _named(f"{name} is no transformers image classifier that loads"), _quiet():
+        model = _filled(AutoModelForImageClassification, folder, dtype=torch.float32, use_safetensors=True)
+    _check_finite(name, model)
+    return model
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    import torch
+
+    for tensor, values in model.named_parameters():
+        # Weights of a byte have no NaN that arithmetic finds. The largest magnitude needs no memory, and is NaN if one is.
+        wide = values.is_floating_point() and values.element_size() > 1 and values.numel()
+        if wide and not torch.linalg.vector_norm(values.detach(), torch.inf).isfinite():
+            raise UsageError(
+                f"{tensor} of {name} holds values that are not finite in {str(values.dtype).removeprefix('torch.')}: the "
+                "model is damaged, or needs another dtype."
+            )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turn what goes wrong while transformers reads files into one sentence that begins with `what`."""
+    try:
+        yield
+    # Files that are damaged or another model's make its many parts raise nearly anything; ImportError: the tokenizer or
+    # the architecture wants a package which is not installed.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise UsageError(f"{what}: {f'it lacks {reason}' if isinstance(error, KeyError) else reason}") from error
+
+
+def _filled(kind: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """A model whose every tensor comes from the folder; transformers alone goes on with random ones for what is missing.
+
+    Args:
+        kind: class that has `from_pretrained`.
+        folder: with its files.
+        options: for `from_pretrained`.
+
+    Raises:
+        ValueError: tensors are missing, have other shapes, or belong to a layer for which the model has no place.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    # What it would log is said below in a sentence.
+    logging.set_verbosity_error()
+    try:
+        model, info = kind.from_pretrained(
+            folder, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    finally:
+        logging.set_verbosity(before)
+    own = list(model.state_dict())
+    unknown = sorted(info["unexpected_keys"])
+    # How many batches a norm has seen matters to none that has a momentum, and to none that is evaluated.
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith(".num_batches_tracked"))
+    if missing:
+        other = f" (they have {_some(unknown)} instead)" if unknown else ""
+        raise ValueError(f"its weights lack {len(missing)} of the model's {len(own)} tensors: {_some(missing)}{other}")
+    if info["mismatched_keys"]:
+        shapes = [
+            f"{name} is {_extent(there)} instead of {_extent(asked)}"
+            for name, there, asked in sorted(info["mismatched_keys"])
+        ]
+        raise ValueError(f"its weights have other shapes than its configuration, {len(shapes)} in all: {_some(shapes)}")
+    layers = {name.rpartition(".")[0] for name in own}
+    kinds = {_numberless(name) for name in own}
+    if astray := [name for name in unknown if _numberless(name) in kinds or name.rpartition(".")[0] in layers]:
+        raise ValueError(f"its configuration has no place for {len(astray)} of its tensors: {_some(astray)}")
+    if unknown:
+        warnings.warn(f"{folder}: {len(unknown)} of its tensors are not used: {_some(unknown)}.", stacklevel=4)
+    return model  # type: ignore[no-any-return]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _extent(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _numberless(name: str) -> str:
+    """A tensor's name, the same for every layer."""
+    return re.sub(r"\d+", "#", name)
 
 
 def _from_gguf(file: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -220,14 +364,15 @@ def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UsageError(f"Reading {file.name} needs the package gguf: pip install gguf") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    try:
+    with _named(f"{file} cannot be read as a GGUF language model"):
         fields = gguf.GGUFReader(str(file)).fields
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+        model = _filled(
+            AutoModelForCausalLM,
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
         )
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise UsageError(f"{file} cannot be read as a GGUF language model: {error}") from error
     split = fields.get("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
         _split_digits(tokenizer)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fnmatch
+import glob
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +91,8 @@ def from_hugging_face(
 ) -> Path:
     """Folder with the files of a Hugging Face repository, downloaded unless its cache holds them.
 
-    huggingface_hub compares the size of what arrives with what was announced; where the repository also
-    announces a SHA-256 (its large files), data files are compared with that too.
+    Each file is compared once with the hash that the Hub announced, and fetched again where it differs; until its
+    size or its times change, that is remembered.
 
     Args:
         repository: "owner/name".
@@ -98,7 +102,8 @@ def from_hugging_face(
         cure: what else the user can do, as the end of a sentence that begins with "or".
 
     Raises:
-        UsageError: the package is missing, nothing answers, or there is no such repository.
+        UsageError: the package is missing, nothing answers, there is no such repository, or a file is damaged and
+            no better one can be had.
     """
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -114,6 +119,7 @@ def from_hugging_face(
             f"{repository!r} lies on the Hugging Face Hub: pip install 'paperworks[llm]', or {cure}."
         ) from error
     try:
+        answers = _answers(HfApi(), repository, kind, revision)
         folder = Path(
             snapshot_download(
                 repository,
@@ -121,9 +127,20 @@ def from_hugging_face(
                 revision=revision,
                 allow_patterns=list(patterns),
                 etag_timeout=_ANSWER_WITHIN,
-                local_files_only=not _answers(HfApi(), repository, kind, revision),
+                local_files_only=not answers,
             )
         )
+        damaged = [name for name in _wanted(folder, patterns) if not _undamaged(folder / name)]
+        if damaged and answers:
+            snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=folder.name,
+                allow_patterns=[glob.escape(name) for name in damaged],
+                etag_timeout=_ANSWER_WITHIN,
+                force_download=True,
+            )
+            damaged = [name for name in damaged if not _undamaged(folder / name)]
     except GatedRepoError as error:
         raise UsageError(
             f"{repository!r} asks for consent: accept its terms on the Hub and set HF_TOKEN, or {cure}."
@@ -138,13 +155,24 @@ def from_hugging_face(
     except OSError as error:
         raise UsageError(f"{repository!r} could not be fetched ({error}): try again, or {cure}.") from error
     # Without a network, a folder that another call left in the cache is given, whatever it holds.
-    files = [file for pattern in patterns for file in folder.glob(pattern)]
-    if not files:
-        raise _unreachable(repository, cure)
-    if kind == "dataset":
-        for file in files:
-            verify_blob(file)
+    if not _wanted(folder, patterns):
+        if not answers:
+            raise _unreachable(repository, cure)
+        raise UsageError(f"{repository!r} on the Hugging Face Hub holds no file {' or '.join(patterns)}: {cure}.")
+    if damaged:
+        why = "the Hub gave it so again" if answers else "the Hub does not answer"
+        cure = cure if answers else f"connect to a network (and unset HF_HUB_OFFLINE), or {cure}"
+        raise UsageError(
+            f"{', '.join(damaged)} of {repository!r} is damaged in the Hugging Face cache (another checksum than the "
+            f"Hub announced), and {why}: {cure}."
+        )
     return folder
+
+
+def _wanted(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """Names, within a snapshot, of the files that the patterns mean, which huggingface_hub reads so too."""
+    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _answers(api: HfApi, repository: str, kind: str, revision: str | None) -> bool:
@@ -167,16 +195,44 @@ def _unreachable(repository: str, cure: str) -> UsageError:
     )
 
 
-def verify_blob(file: Path) -> None:
-    """Compare a file in the Hugging Face cache with the SHA-256 that the Hub announced, where it did.
+def _undamaged(file: Path) -> bool:
+    """Whether a file in the Hugging Face cache has the hash that the Hub announced.
 
-    The cache stores a large file under its SHA-256 and links to it; small files under another hash.
-
-    Raises:
-        UsageError: the contents differ; the broken file is removed so that the next call fetches it again.
+    The cache stores contents under that hash and links to them. Where a system has no links it stores the file
+    itself, and there is nothing to compare with.
     """
-    blob = file.resolve()
-    if len(blob.name) == 64 and sha256(blob) != blob.name:
-        blob.unlink()
-        file.unlink(missing_ok=True)
-        raise UsageError(f"{file.name} arrived damaged (other SHA-256) and was removed: run this again.")
+    # One step only: where repositories share contents, what is stored under the hash is itself a link.
+    announced = Path(os.readlink(file)).name if file.is_symlink() else ""
+    return not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", announced) or has_checksum(file, announced)
+
+
+def has_checksum(file: Path, expected: str) -> bool:
+    """Whether a file has this checksum: computed once, then remembered until its size or its times change.
+
+    Args:
+        file: any file.
+        expected: in hexadecimal, SHA-256 or (40 digits) what git calls a blob by.
+    """
+    import platformdirs
+
+    file = file.resolve()
+    now = file.stat()
+    seen = f"{expected} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
+    place = hashlib.sha256(os.fsencode(file)).hexdigest()
+    note = Path(platformdirs.user_cache_dir("paperworks")) / "verified" / place
+    with contextlib.suppress(OSError, UnicodeError):
+        if note.read_text() == seen:
+            return True
+    if (_git_blob(file) if len(expected) == 40 else sha256(file)) != expected:
+        return False
+    # Where the cache cannot be written, the next call computes it again.
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(seen)
+    return True
+
+
+def _git_blob(file: Path) -> str:
+    """Name of a file's contents in git, by which the Hub knows its small files."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import math
+import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from paperworks.hub.kinds import (
     TableData,
     TextData,
 )
+from paperworks.hub.tables import read_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 def text(name: str, split: str, files: Sequence[Path]) -> TextData:
     """Running text in UTF-8."""
-    content = files[0].read_text(encoding="utf-8")
+    content = _text(files[0]).replace("\r\n", "\n").replace("\r", "\n")
     if not content.strip():
         raise ValueError("the file is empty")
     return TextData(name, split, content)
@@ -39,13 +42,26 @@ def text(name: str, split: str, files: Sequence[Path]) -> TextData:
 
 def _content(file: Path) -> bytes:
     """What a file holds, compressed or not."""
-    return gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    if file.suffix != ".gz":
+        return file.read_bytes()
+    try:
+        return gzip.decompress(file.read_bytes())
+    except zlib.error as error:
+        raise ValueError(f"it cannot be decompressed ({error})") from error
+
+
+def _text(file: Path) -> str:
+    """The text in a file, without the mark that some programs put before UTF-8."""
+    try:
+        return _content(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The records of a file of JSON lines."""
     records = []
-    for number, line in enumerate(_content(file).decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -58,13 +74,19 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def question(record: dict[str, Any]) -> Question:
     """A record of GSM8K."""
-    return Question(record["question"], record["answer"])
+    found = Question(record["question"], record["answer"])
+    _check_text(question=found.question, answer=found.answer)
+    # Raises where the answer ends without one.
+    float(found.number)
+    return found
 
 
 def problem(record: dict[str, Any]) -> Problem:
     """A record of HumanEval."""
     solution = record["canonical_solution"]
-    return Problem(record["task_id"], record["prompt"], solution, record["test"], record["entry_point"])
+    found = Problem(record["task_id"], record["prompt"], solution, record["test"], record["entry_point"])
+    _check_text(**vars(found))
+    return found
 
 
 def conversation(record: dict[str, Any]) -> Conversation:
@@ -72,7 +94,16 @@ def conversation(record: dict[str, Any]) -> Conversation:
     # The Hub's copy of MT-bench names two of the fields differently.
     number = record["question_id"] if "question_id" in record else record["prompt_id"]
     turns = record["turns"] if "turns" in record else record["prompt"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"turns are {turns!r:.40}, not a list of texts")
+    _check_text(category=record["category"], **{f"turn {turn}": text for turn, text in enumerate(turns, 1)})
     return Conversation(int(number), record["category"], tuple(turns))
+
+
+def _check_text(**fields: Any) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name} is {value!r:.40}, not a text")
 
 
 def questions(
@@ -81,55 +112,46 @@ def questions(
     """A reader of JSON lines, each of which `make` turns into an item."""
 
     def read(name: str, split: str, files: Sequence[Path]) -> QuestionData[Item]:
-        items = []
-        for number, record in enumerate(_lines(files[0]), 1):
-            try:
-                items.append(make(record))
-            except KeyError as error:
-                raise ValueError(f"record {number} has no field {error}") from error
-        return QuestionData(name, split, tuple(items))
+        return QuestionData(name, split, items_of(_lines(files[0]), make))
 
     return read
 
 
-def _numbers(file: Path) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """A table of finite numbers, apart by space or comma, and the names in its first line, if any."""
-    import numpy as np
+def items_of(records: Sequence[dict[str, Any]], make: Callable[[dict[str, Any]], Item]) -> tuple[Item, ...]:
+    """What `make` makes of each record.
 
-    rows = [line for line in _content(file).decode("utf-8-sig").splitlines() if line.strip()]
-    if not rows:
-        raise ValueError("the file is empty")
-    delimiter = "," if "," in rows[0] else None
-    head = [cell.strip().strip('"') for cell in rows[0].split(delimiter)]
-    names = () if _is_number(head[0]) else tuple(head)
-    table = np.loadtxt(io.StringIO("\n".join(rows[1:] if names else rows)), delimiter=delimiter, ndmin=2)
-    if not table.size:
-        raise ValueError("there are no rows")
-    if not np.isfinite(table).all():
-        row, column = np.argwhere(~np.isfinite(table))[0]
-        raise ValueError(f"row {row + 1}, column {column + 1} is not a finite number")
-    return table, names
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    Raises:
+        ValueError: one of them lacks a field, or holds something else in it.
+    """
+    items = []
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"record {number} is a {type(record).__name__}, not an object with fields")
+        try:
+            items.append(make(record))
+        except KeyError as error:
+            raise ValueError(f"record {number} has no field {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"record {number}: {error}") from error
+    return tuple(items)
 
 
 def table(name: str, split: str, files: Sequence[Path]) -> TableData:
     """A table of numbers whose last column is the target."""
-    cells, names = _numbers(files[0])
+    cells, names = read_table(_text(files[0]))
     if cells.shape[1] < 2:
         raise ValueError("a table needs a feature and, as its last column, the target")
-    return TableData(name, split, cells[:, :-1].copy(), cells[:, -1].copy(), names[:-1])
+    y = cells[:, -1].copy()
+    if (y == y[0]).all():
+        raise ValueError(f"the last column, which is the target, is {y[0]:g} in every row: put the target last")
+    return TableData(name, split, cells[:, :-1].copy(), y, names[:-1])
 
 
 def series(name: str, split: str, files: Sequence[Path]) -> SeriesData:
-    """A table of numbers, a row a day."""
-    return SeriesData(name, _numbers(files[0])[0], "one day")
+    """A table of numbers apart by comma, without names, a row a day."""
+    import numpy as np
+
+    return SeriesData(name, np.loadtxt(io.StringIO(_text(files[0])), delimiter=",", comments=None, ndmin=2), "one day")
 
 
 def _idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -165,10 +187,12 @@ def omniglot(name: str, split: str, files: Sequence[Path]) -> CharacterData:
     drawings: list[tuple[str, str, int, str]] = []
     with zipfile.ZipFile(files[0]) as archive:
         for member in archive.namelist():
-            parts = member.split("/")
-            if member.endswith(".png") and len(parts) >= 3:
-                drawer = int(parts[-1].removesuffix(".png").split("_")[1])
-                drawings.append((parts[-3], f"{parts[-3]}/{parts[-2]}", drawer, member))
+            if member.endswith(".png"):
+                found = re.fullmatch(r"(?:.*/)?([^/]+)/([^/]+)/\d+_(\d+)\.png", member)
+                if found is None:
+                    raise ValueError(f"{member} in it is not alphabet/character/number_drawer.png")
+                alphabet, character, drawer = found.groups()
+                drawings.append((alphabet, f"{alphabet}/{character}", int(drawer), member))
         if not drawings:
             raise ValueError("the archive holds no alphabet/character/number_drawer.png")
         drawings.sort()
