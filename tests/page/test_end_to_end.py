@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -172,6 +173,92 @@ def test_a_reader_signs_in_by_a_link_in_the_mail(page, store, mailbox):
     expect(page.get_by_role("link", name="Log in", exact=True)).to_be_visible()
 
 
+@pytest.fixture(scope="module")
+def mailing(tmp_path_factory):
+    """A server that names a mail server, so that addresses are confirmed, and the mail server."""
+    with MailServer() as post, pytest.MonkeyPatch.context() as monkeypatch:
+        folder = tmp_path_factory.mktemp("mailing")
+        monkeypatch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        monkeypatch.setenv("PAPERWORKS_SMTP", post.url)
+        with serving(sqlite(folder)) as server:
+            yield server, post
+
+
+def mailed(post, count):
+    """The link in the mail of this number, once it has come."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while len(post.mails) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return link(post.mails[count - 1].get_body(("plain",)).get_content(), "password")
+
+
+def test_a_reader_registers_by_mail_changes_the_password_and_replaces_it_without_javascript(browser, mailing):
+    server, post = mailing
+    came = len(post.mails)
+    context = browser.new_context(base_url=server.url, java_script_enabled=False)
+    page = context.new_page()
+    main = page.get_by_role("main")
+    page.goto("/register")
+    expect(page.get_by_label("Password")).to_have_count(0)
+    page.get_by_label("E-mail").fill("ada@example.org")
+    main.get_by_role("button", name="Register").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Look into your mail")
+    page.goto(mailed(post, came + 1))
+    expect(page.get_by_label("E-mail")).to_have_value("ada@example.org")
+    # What does not fit is said where it stands; the browser would not send it.
+    page.locator("main form").evaluate("form => form.noValidate = true")
+    page.get_by_label("Password").fill("short")
+    main.get_by_role("button", name="Choose a password").click()
+    expect(page.get_by_role("alert")).to_contain_text("8 to 1024 characters")
+    page.get_by_label("Password").fill("correct horse battery")
+    main.get_by_role("button", name="Choose a password").click()
+    page.get_by_role("link", name="Account").click()
+    page.get_by_label("Old password").fill("wrong horse battery")
+    page.get_by_label("New password").fill("staple staple staple")
+    main.get_by_role("button", name="Change password").click()
+    expect(page.get_by_role("alert")).to_contain_text("is not the password that you have")
+    page.get_by_label("Old password").fill("correct horse battery")
+    page.get_by_label("New password").fill("staple staple staple")
+    main.get_by_role("button", name="Change password").click()
+    expect(page).to_have_url(f"{server.url}/account")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    other = browser.new_context(base_url=server.url).new_page()
+    other.goto("/login")
+    other.get_by_role("link", name="Password forgotten").click()
+    other.get_by_label("E-mail").fill("ada@example.org")
+    other.get_by_role("button", name="Send the mail").click()
+    other.goto(mailed(post, came + 2))
+    other.get_by_label("Password").fill("a third secret")
+    other.get_by_role("button", name="Choose a new password").click()
+    expect(other.get_by_role("button", name="Log out")).to_be_visible()
+    page.reload()
+    expect(page).to_have_url(re.compile("/login"))
+    other.context.close()
+    context.close()
+
+
+def test_axe_finds_no_violation_on_what_a_mailed_link_leads_to(browser, mailing):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    server, post = mailing
+    context = browser.new_context(base_url=server.url)
+    page = context.new_page()
+    links = []
+    for form in ("/register", "/forgotten"):
+        came = len(post.mails)
+        page.goto(form)
+        page.get_by_label("E-mail").fill(f"{form[1:]}@example.org")
+        page.get_by_role("main").get_by_role("button").click()
+        links.append(mailed(post, came + 1))
+    violations = audit(page, axe, ["/register", "/forgotten", *links])
+    page.goto(links[0])
+    page.locator("main form").evaluate("form => form.noValidate = true")
+    page.get_by_role("main").get_by_role("button").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    violations += audit(page, axe, [None])
+    context.close()
+    assert not violations, "\n".join(map(str, violations))
+
+
 def test_a_reader_starts_a_tiny_run_and_watches_it_finish(page, store):
     register(page, "runner@example.org")
     page.goto("/papers/hydra")
@@ -250,8 +337,8 @@ def test_the_keyboard_goes_past_the_header_to_the_papers(page):
 
 PAGES = (
     "/", "/new", "/search?q=make+my+llm+faster", "/search?q=zzzz+qqqq", "/papers/hydra", "/papers/chimera", "/papers/maskllm",
-    "/rooms", "/rooms/decoding", "/submit", "/subscribe", "/login", "/register", "/confirm/x", "/unsubscribe/x",
-    "/login/link/x", "/no-such-page", "/runs/{finished}", "/runs/{failed}", "/runs/{running}",
+    "/rooms", "/rooms/decoding", "/submit", "/subscribe", "/login", "/register", "/forgotten", "/confirm/x",
+    "/unsubscribe/x", "/login/link/x", "/no-such-page", "/runs/{finished}", "/runs/{failed}", "/runs/{running}",
 )  # fmt: skip
 
 
@@ -283,6 +370,23 @@ def runs(store):
     store.end(run)
 
 
+def audit(page, axe, paths):
+    """What breaks a rule on these pages (None: the one that is open), in light and dark, on phone and desktop."""
+    broken = []
+    for path in paths:
+        for width, height in ((375, 700), (1280, 800)):
+            page.set_viewport_size({"width": width, "height": height})
+            if path is not None:
+                page.goto(path)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+                for rule in axe.run(page).response["violations"]:
+                    broken += [(path, width, scheme, rule["id"], *node["target"]) for node in rule["nodes"]]
+            if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
+                broken.append((path, width, "scrolls sideways"))
+    return broken
+
+
 @pytest.mark.parametrize("signed_in", [False, True], ids=["reader", "signed in"])
 def test_axe_finds_no_violation_light_and_dark_on_phone_and_desktop(browser, server, runs, signed_in):
     axe_module = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -291,18 +395,7 @@ def test_axe_finds_no_violation_light_and_dark_on_phone_and_desktop(browser, ser
     page = context.new_page()
     if signed_in:
         register(page, "axe@example.org")
-    pages = ("/papers/hydra", "/search?q=draft", "/submit", "/") if signed_in else PAGES
-    violations, wide = [], []
-    for path in pages:
-        for width, height in ((375, 700), (1280, 800)):
-            page.set_viewport_size({"width": width, "height": height})
-            page.goto(path.format(**runs))
-            for scheme in ("light", "dark"):
-                page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-                for rule in axe.run(page).response["violations"]:
-                    violations += [(path, width, scheme, rule["id"], *node["target"]) for node in rule["nodes"]]
-            if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
-                wide.append((path, width))
+    pages = ("/papers/hydra", "/search?q=draft", "/submit", "/account", "/") if signed_in else PAGES
+    violations = audit(page, axe, [path.format(**runs) for path in pages])
     context.close()
     assert not violations, "\n".join(map(str, violations))
-    assert wide == [], "these pages scroll sideways"

@@ -48,7 +48,8 @@ class Source:
 
     def __init__(self) -> None:
         self.papers: list[dict] = []
-        self.daily: dict[str, list[dict]] = {}
+        self.daily: dict[str, list[dict] | str] = {}
+        self.refused: dict[str, int] = {}
         self.requests: list[tuple[float, dict[str, str]]] = []
         self.failures: list[int | str] = []
         self.url = ""
@@ -119,7 +120,10 @@ def serving(source: Source):
                 status = int(failure)
             elif address.path == "/api/daily_papers":
                 page, limit = int(asked.get("p", 0)), int(asked["limit"])
-                body = json.dumps(source.daily.get(asked["date"], [])[page * limit : (page + 1) * limit])
+                if asked["date"] in source.refused:
+                    status = source.refused[asked["date"]]
+                found = source.daily.get(asked["date"], [])
+                body = found if isinstance(found, str) else json.dumps(found[page * limit : (page + 1) * limit])
             else:
                 body = source.feed(asked)
             self.send_response(status)
@@ -338,6 +342,169 @@ def test_papers_come_from_the_daily_papers(index, store, source):
     assert {asked["date"] for _, asked in source.requests} == {"2026-11-01", "2026-11-02", "2026-11-03"}
 
 
+# What records may hold that is no paper, and what is said of it.
+ODD = [
+    (daily("hydra", 1), "'hydra', which is left out: a key is an arXiv number"),
+    (daily("2611.00002/../x", 1), "a key is an arXiv number"),
+    (daily("", 1), "which is left out"),
+    (daily("2611.00003", 1) | {"title": "\x00 \n"}, "the title is empty"),
+    (daily("2611.00004", 1) | {"title": 5}, "'2611.00004', which is left out"),
+    (daily("2611.00005", 10**12), "its upvotes is '1000000000000', which is no number of such"),
+    (daily("2611.00006", -4), "its upvotes is '-4'"),
+    (daily("2611.00007", 1, ai_keywords=["x" * 3000]), "its longest label has 3,000 characters"),
+    (daily("2611.00008", 1, title="x" * 3000), "its title has 3,000 characters"),
+    (daily("2611.00009", 1, ai_keywords=7), "'2611.00009', which is left out"),
+    ({"paper": {"id": "2611.00010", "publishedAt": "yesterday"}, "title": "T"}, "'2611.00010', which is left out"),
+    ({"paper": {"id": "2611.00011", "publishedAt": "2999-01-01T00:00:00.000Z"}, "title": "T"}, "which is far ahead"),
+    ({"paper": {"id": "2611.00012", "authors": ["Ann"]}, "title": "T"}, "'2611.00012', which is left out"),
+    ({"paper": {"id": "2611.00013", "authors": [{"name": None}]}, "title": "T"}, "'2611.00013', which is left out"),
+    ({"paper": None}, "which is left out"),
+    ({}, "which is left out"),
+    ("a paper", "'a paper', which is left out"),
+    (None, "'None', which is left out"),
+    ([1], "which is left out"),
+]
+
+
+@over_both
+def test_an_odd_record_of_the_daily_papers_is_left_out_and_told_of(index, store, source):
+    good = [daily(f"2612.{number:05d}", number) for number in range(1, 4)]
+    source.daily["2026-11-01"] = [good[0], *(record for record, _ in ODD), good[1]]
+    source.daily["2026-11-02"] = [good[2]]
+    done = ingest_daily_papers(index, store, since=NOVEMBER, until=november(2), source=source.hub())
+    assert (done.read, done.new) == (3, 3) and {index.get(f"2612.0000{n}").upvotes for n in (1, 2, 3)} == {1, 2, 3}
+    assert len(done.left_out) == len(ODD)
+    for told, (_, expected) in zip(done.left_out, ODD, strict=True):
+        assert told.startswith("Hugging Face tells of ") and expected in told and len(told) < 400
+    # The next ingest begins where this one ended.
+    source.requests.clear()
+    ingest_daily_papers(index, store, until=november(4), source=source.hub())
+    assert {asked["date"] for _, asked in source.requests} >= {"2026-11-03", "2026-11-04"}
+
+
+@over_both
+def test_what_only_the_store_refuses_is_left_out_too(index, store, source, monkeypatch):
+    """As what no check has thought of: here a number that is too large for a column."""
+    monkeypatch.setattr(module, "_checked", lambda entry: entry)
+    source.daily["2026-11-01"] = [daily("2611.00001", 1), daily("2611.00002", 10**30), daily("2611.00003", 3)]
+    done = ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+    assert done.new == 2 and index.get("2611.00001") and index.get("2611.00003") and not index.get("2611.00002")
+    [told] = done.left_out
+    assert told.startswith("2611.00002 is left out, for the store refuses it")
+
+
+def test_a_day_that_is_refused_for_good_is_passed_over_and_told_of(index, store, source):
+    source.daily |= {f"2026-11-0{day}": [daily(f"2611.0000{day}", day)] for day in (1, 2, 3)}
+    source.refused = {"2026-11-02": 400}
+    done = ingest_daily_papers(index, store, since=NOVEMBER, until=november(3), source=source.hub())
+    assert done.new == 2 and index.get("2611.00003")
+    assert done.left_out == ("2026-11-02: Hugging Face refuses the request (HTTP 400)",)
+    # It was asked for once: it would be refused again.
+    assert sum(asked["date"] == "2026-11-02" for _, asked in source.requests) == 1
+
+
+def test_a_source_that_refuses_everything_is_asked_for_the_same_days_again(index, store, source):
+    source.daily |= {f"2026-11-{day:02d}": [daily(f"2611.{day:05d}", day)] for day in range(1, 20)}
+    source.refused = {f"2026-11-{day:02d}": 403 for day in range(3, 20)}
+    options = {"since": NOVEMBER, "until": november(19), "source": source.hub()}
+    with pytest.raises(SourceError, match=r"Hugging Face refuses the request \(HTTP 403\)"):
+        ingest_daily_papers(index, store, **options)
+    # After three days in a row it is not bothered any more.
+    assert len(source.requests) == 5
+    source.refused = {}
+    assert ingest_daily_papers(index, store, **options).new == 17
+
+
+@pytest.mark.parametrize("body", ["<html>", "", '{"error": "no"}', '"paper"'])
+def test_an_answer_that_is_no_list_is_asked_for_again_and_given_up(index, store, source, body):
+    source.daily["2026-11-01"] = body
+    with pytest.raises(SourceError, match=r"Hugging Face does not answer \(its answer is no (JSON|list of papers)"):
+        ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub())
+    assert len(source.requests) == module._TRIES
+
+
+def test_a_day_has_an_end_whatever_the_hub_says(index, store, source, monkeypatch):
+    monkeypatch.setattr(module, "_HF_PAGES", 3)
+
+    class Endless(list):
+        def __getitem__(self, which):
+            return [daily(f"2611.{number:05d}", 1) for number in range(50)]
+
+    source.daily["2026-11-01"] = Endless()
+    ingest_daily_papers(index, store, since=NOVEMBER, until=november(1), source=source.hub(delay=0))
+    assert len(source.requests) == 3
+
+
+@over_both
+def test_an_odd_record_of_arxiv_is_left_out_and_told_of(index, store, source):
+    good = [source.add(0.1), source.add(0.9)]
+    source.add(0.3, number="2611.77777", title=" ")
+    source.add(0.4, number="not-a-number")
+    source.add(0.5, number="2611.88888", category="cs.LG", title="x" * 3000)
+    done = ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    assert (done.read, done.new) == (2, 2) and all(map(index.get, good))
+    assert [told.partition("which is left out: ")[2] for told in done.left_out] == [
+        "2611.77777: the title is empty",
+        "it has no arXiv number",
+        "its title has 3,000 characters, and no paper's has more than 2,000",
+    ]
+    assert all(told.startswith("arXiv tells of 'http://arxiv.org/abs/") for told in done.left_out)
+
+
+@pytest.mark.parametrize("date", ["", "soon", "2026-13-45T00:00:00Z", "0001-01-01T00:00:00+14:00"])
+@pytest.mark.parametrize("field", ["published", "updated"])
+def test_a_date_that_is_none_fails_its_record_and_not_its_page(index, store, source, monkeypatch, field, date):
+    good, odd = source.add(0.1), source.add(0.5)
+    feed = source.feed
+
+    def with_odd_date(asked):
+        whole = re.compile(rf"(<id>http://arxiv.org/abs/{odd}v1</id>.*?<{field}>)[^<]*", re.DOTALL)
+        return whole.sub(rf"\g<1>{date}", feed(asked))
+
+    monkeypatch.setattr(source, "feed", with_odd_date)
+    done = ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    # When it was revised does not matter to a paper that is read for the first time.
+    assert index.get(good) and bool(index.get(odd)) is (field == "updated")
+    told = [] if field == "updated" else ["it has no date of publication, or one that is none"]
+    assert [told.partition("which is left out: ")[2] for told in done.left_out] == told
+    # Nor does it end the reading of what was revised since.
+    days_on = (datetime.now(UTC) - NOVEMBER) / timedelta(days=1)
+    later = source.add(-40, number="2609.00001", updated=days_on + 1)
+    ingest_arxiv(index, store, "cs.LG", until=november(2), source=source.arxiv())
+    assert index.get(later)
+
+
+def test_an_odd_revision_stops_no_later_ingest(index, store, source):
+    source.add(0.5)
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(1), source=source.arxiv())
+    days_on = (datetime.now(UTC) - NOVEMBER) / timedelta(days=1)
+    source.add(-40, number="2611.77777", title=" ", updated=days_on + 1)
+    revised = source.add(-50, number="2611.66666", title="As revised", version=2, updated=days_on + 1)
+    for _ in range(2):
+        done = ingest_arxiv(index, store, "cs.LG", until=november(2), source=source.arxiv())
+        assert index.get(revised).title == "As revised" and len(done.left_out) == 1
+
+
+def test_an_odd_paper_is_not_submitted_and_one_is_told_why(index, source):
+    source.add(0.5, number="2611.77777", title=" ")
+    with pytest.raises(SourceError, match=r"which is left out: 2611\.77777: the title is empty"):
+        submit(index, "2611.77777", source=source.arxiv())
+
+
+def test_the_command_tells_what_was_left_out(source, tmp_path, monkeypatch, capsys):
+    source.daily["2026-11-01"] = [daily("2611.00001", 1), daily("hydra", 1)]
+    place = ("--url", source.url, "--store", f"sqlite:///{tmp_path}/runs.db", "--words")
+    span = ("--since", "2026-11-01", "--until", "2026-11-02")
+    status, out, error = run_command(monkeypatch, capsys, "daily-papers", *span, *place)
+    assert status == 0 and out.startswith("1 papers read: 1 new")
+    assert error.endswith(
+        "Hugging Face tells of 'hydra', which is left out: a key is an arXiv number without version or card:SLUG, "
+        "not 'hydra'\n"
+    )
+    status, out, _ = run_command(monkeypatch, capsys, "daily-papers", *span, *place, "--json")
+    assert len(json.loads(out)["left_out"]) == 1
+
+
 def test_the_daily_papers_are_asked_again_when_they_fail(index, store, source):
     source.daily["2026-11-01"] = [daily("2611.00001", 1)]
     source.failures = [503, 429, "hang up"]
@@ -403,7 +570,7 @@ def test_a_card_is_submitted_to_get_its_abstract(index, source):
 
 
 def test_submissions_of_a_process_keep_their_distance(index, source, monkeypatch):
-    monkeypatch.setattr(module, "Arxiv", lambda tries: source.arxiv(delay=0.1, tries=tries))
+    monkeypatch.setattr(module, "Arxiv", lambda tries, timeout: source.arxiv(delay=0.1, tries=tries, timeout=timeout))
     module._shared_arxiv.cache_clear()
     numbers = [source.add(0.5), source.add(0.6)]
     for number in numbers:
@@ -483,7 +650,9 @@ def test_the_command_takes_in_what_it_names(source, store_url, monkeypatch, caps
     where = ("--url", f"{source.url}/api/query")
     status, out, _ = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", *span, *where, *place)
     assert status == 0
-    assert json.loads(out) == {"read": 1, "new": 1, "updated": 0, "embedded": 0, "held": cards + 1}
+    assert json.loads(out) == {
+        "read": 1, "new": 1, "updated": 0, "embedded": 0, "held": cards + 1, "left_out": [],
+    }  # fmt: skip
     status, out, _ = run_command(monkeypatch, capsys, "daily-papers", *span, "--url", source.url, *place[:2])
     assert (status, out) == (0, f"1 papers read: 1 new, 0 updated; the index holds {cards + 2}\n")
     with Store(store_url) as store:
@@ -491,9 +660,9 @@ def test_the_command_takes_in_what_it_names(source, store_url, monkeypatch, caps
 
 
 def test_a_command_that_cannot_read_is_one_sentence(source, tmp_path, monkeypatch, capsys):
-    source.failures = [404]
+    source.failures = [404] * 3
     where = ("--url", f"{source.url}/api/query", "--store", f"sqlite:///{tmp_path}/runs.db", "--words")
     status, out, error = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", *where)
-    assert (status, out, error) == (1, "", "paperworks: arXiv refuses the request (HTTP 404)\n")
+    assert (status, out) == (1, "") and error.endswith("paperworks: arXiv refuses the request (HTTP 404)\n")
     status, _, error = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", "--since", "yesterday", *where)
     assert status == 2 and "yesterday" in error and "Traceback" not in error

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab import Store
@@ -167,6 +167,17 @@ def test_one_that_is_refused_for_good_does_not_stop_the_others(local, server):
     ]  # fmt: skip
 
 
+def test_one_that_cannot_be_written_does_not_stop_the_others(local, server):
+    for name in ("ada", "bob"):
+        Outbox(local).put(f"{name}@example.org", HELLO)
+    with local.writing() as session:
+        session.execute(update(MailRow).where(MailRow.recipient == "ada@example.org").values(subject="Hi\u2028there"))
+    assert send_pending(local, server.url) == Sent(1, 1)
+    assert server.recipients == ["bob@example.org"]
+    assert [row.status for row in mails(local)] == ["failed", "sent"]
+    assert "cannot be written as a mail" in mails(local)[0].error
+
+
 def test_a_server_that_hangs_up_over_a_mail_is_not_given_it_again(local, server, clock):
     for name in ("ada", "bob"):
         Outbox(local).put(f"{name}@example.org", HELLO)
@@ -261,7 +272,7 @@ def test_mails_are_sent_as_they_come_until_told_to_stop(local, server):
 @pytest.mark.parametrize(
     "email",
     ["", "ada", "ada@", "@example.org", "ada @example.org", "ada@example.org\nBcc: eve@example.org", "a@b@c.org",
-     "Ada <ada@example.org>", "ada..b@example.org", "ädä@example.org", "a" * 65 + "@example.org", "a@" + "b" * 260],
+     "Ada <ada@example.org>", "ada..b@example.org", "ädä@example.org", "\u212aate@example.org", "a" * 65 + "@example.org", "a@" + "b" * 260],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(local, email):
     with pytest.raises(UsageError, match="is no e-mail address; give one such as"):
@@ -272,7 +283,11 @@ def test_an_address_is_kept_in_one_way():
     assert address("  Ada.Lovelace+papers@Example.ORG ") == "ada.lovelace+papers@example.org"
 
 
-@pytest.mark.parametrize("told", [{"subject": "Hi\nBcc: eve@example.org"}, {"headers": {"X": "a\r\nBcc: eve@x.org"}}])
+@pytest.mark.parametrize(
+    "told",
+    [{"subject": "Hi\nBcc: eve@example.org"}, {"headers": {"X": "a\r\nBcc: eve@x.org"}}, {"subject": "Hi\u2028there"},
+     {"subject": "Hi\x85"}],
+)  # fmt: skip
 def test_no_header_can_be_smuggled_in(told):
     with pytest.raises(ValueError, match="single lines"):
         Mail(**{"subject": "Hi", "text": "", "html": "", **told})

@@ -11,7 +11,7 @@ import pytest
 from paperworks.lab.run import Measurement
 from paperworks.page.citing import bibtex
 from paperworks.page.entries import Entry
-from paperworks.page.rendering import mathematics, outward, spans, standing, text, with_query
+from paperworks.page.rendering import mathematics, outward, plain, spans, standing, text, with_query
 
 WHEN = datetime(2026, 11, 20, tzinfo=UTC)
 HOSTILE = [
@@ -76,7 +76,7 @@ def test_marks_of_a_search_stay_and_leave_mathematics_whole():
 def test_bibtex_survives_hostile_titles():
     entry = Entry(
         key="2611.00001",
-        title=r"100% \input{/etc/passwd} } of $\ell_1$ & {x}",
+        title=BRACES,
         authors=("Åsa Öberg", "B. C"),
         published=WHEN,
     )
@@ -85,6 +85,83 @@ def test_bibtex_survives_hostile_titles():
     assert r"\input" not in cited and r"100\%" in cited and r"$\ell_1$" in cited and r"\&" in cited
     assert cited.count("{") == cited.count("}")
     assert "author = {Åsa Öberg and B. C}" in cited and "eprint = {2611.00001}" in cited
+
+
+BRACES = r"100% \input{/etc/passwd} } of $\ell_1$ & {x}"
+# Titles that end their own value, or begin another, where they are not escaped.
+TITLES = [
+    BRACES,
+    "$}{$, author={Evil}, note={",
+    "$}$ and ${$",
+    "}} @misc{evil, title={{x",
+    'say "no", note = "x',
+    "a % b # c & d_e ~f ^g <h> |",
+    "$\\input{/etc/passwd}$",
+    "$\\write18{rm -rf x}$",
+    "$^^5cinput{/etc/passwd}$",
+    "$\\csname input\\endcsname$",
+    "$a % b$",
+    "$x\\$",
+    "\\",
+    "{" * 50,
+    "}" * 50,
+    "costs $5 or $6",
+    "one\ntwo\r\nthree\u2028four",
+]
+
+
+def fields(cited: str) -> dict[str, str]:
+    """A citation taken apart as BibTeX does: braces count wherever they stand, and nothing else ends a value."""
+    assert cited.startswith("@misc{") and cited.endswith("}\n")
+    found, depth, start = {}, 0, 0
+    body = cited[len("@misc{") : -2]
+    key, body = body.split(",", 1)
+    for place, char in enumerate(body):
+        depth += (char == "{") - (char == "}")
+        assert depth >= 0, cited
+        if char == "," and depth == 0:
+            name, value = body[start:place].split("=", 1)
+            value = value.strip()
+            assert value[0] == "{" and value[-1] == "}"
+            found[name.strip()], start = value[1:-1], place + 1
+    assert depth == 0 and not body[start:].strip(), cited
+    return {"key": key, **found}
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_citation_has_its_fields_and_no_others_whatever_titles_and_names_hold(title):
+    entry = Entry(
+        key="2611.00001", title=title, authors=(title, "Ada Lovelace"), published=WHEN,
+        url="https://example.org/a}{b\\c\" d?e=%20&f",
+    )  # fmt: skip
+    cited = fields(bibtex(entry))
+    assert set(cited) == {"key", "title", "author", "year", "eprint", "archivePrefix", "url"}
+    assert re.fullmatch("[a-z0-9]+", cited["key"]) and cited["year"] == "2026" and cited["eprint"] == "2611.00001"
+    assert re.fullmatch(r"https://example\.org/a[\w%]+d\?e=%20&f", cited["url"])
+    # Two names, however often the first says "and".
+    assert len(split_names(cited["author"])) == 2 and split_names(cited["author"])[1] == "Ada Lovelace"
+    for value in (cited["title"], cited["author"]):
+        assert "\n" not in value and not re.search(r"\\(input|write|csname|def|endcsname)", value) and "^^" not in value
+        # Outside of braces of their own, TeX's characters stand behind a backslash.
+        assert not re.search(r"(?<!\\)[%#]", value) and not re.search(r'(?<!{)"', value)
+
+
+def split_names(authors: str) -> list[str]:
+    """Names as BibTeX finds them: "and" parts them where no brace is open."""
+    names, depth, start = [], 0, 0
+    for place, char in enumerate(authors):
+        depth += (char == "{") - (char == "}")
+        if depth == 0 and re.match(r"\sand\s", authors[place : place + 5]):
+            names.append(authors[start:place])
+            start = place + 5
+    return [*names, authors[start:]]
+
+
+def test_what_is_escaped_reads_as_it_was():
+    entry = Entry(key="2611.00001", title='50% "of" {it} \\ $\\frac{1}{n}$', authors=("A, B", "Others"), published=WHEN)
+    cited = fields(bibtex(entry))
+    assert cited["title"] == (r'{50\% {"}of{"} \textbraceleft{}it\textbraceright{} \textbackslash{} $\frac{1}{n}$}')
+    assert cited["author"] == "{A, B} and {Others}"
 
 
 def test_intervals_share_one_logarithmic_axis():
@@ -119,6 +196,14 @@ def test_a_measured_zero_is_a_figure():
     [span] = spans([Measurement("r", 0.5, "x", low=0.0, high=0.9, against="plain")])
     assert span is None
     assert standing(Measurement("r", 0.0, "x", "lower", low=0.0, high=0.5, against="plain")) == "better"
+
+
+def test_json_holds_no_address_that_html_would_not_link_to():
+    entry = Entry(key="2611.00001", title="T", published=WHEN, url="javascript:alert(1)")
+    # An entry without one has that of arXiv.
+    assert plain({"papers": [entry]})["papers"][0]["url"] == "https://arxiv.org/abs/2611.00001"
+    card = Entry(key="card:hydra", title="T", published=WHEN, url="data:text/html,x")
+    assert plain(card)["url"] == ""
 
 
 def test_addresses():

@@ -23,6 +23,7 @@ def make(tmp_path, monkeypatch):
     """Makes the page; no run of it takes place."""
     monkeypatch.setattr(Runner, "_spawn", lambda self, run_id: None)
     monkeypatch.delenv("PAPERWORKS_SMTP", raising=False)
+    monkeypatch.delenv("PAPERWORKS_DATA", raising=False)
 
     def make(**settings):
         return create_app(sqlite(tmp_path), base_url="http://127.0.0.1", meaning=False, rates={}, **settings)
@@ -125,8 +126,13 @@ def test_a_forged_form_starts_and_stops_nothing(make, path):
     ("path", "fields", "status", "told"),
     [
         ("hydra", {"scale": "huge"}, 400, "hydra has no scale 'huge'"),
-        ("hydra", {"parameter.new_tokens": "many"}, 400, "new_tokens takes a whole number, not 'many'"),
-        ("hydra", {"parameter.model": "/etc/passwd"}, 400, "takes a name here, not a path"),
+        ("hydra", {"scale": "paper"}, 400, "hydra at scale paper is more than a run from the page may take"),
+        ("hydra", {"parameter.new_tokens": "many"}, 400, "new_tokens takes a whole number of at least 1, not 'many'"),
+        ("hydra", {"parameter.new_tokens": "385"}, 400, "new_tokens is at most 384 in a run from the page, not 385"),
+        ("hydra", {"parameter.epochs": "1e9"}, 400, "epochs is at most 12 in a run from the page, not 1000000000.0"),
+        ("hydra", {"parameter.model": "/etc/passwd"}, 400, "model is one of smollm2-135m, tiny-random-llama"),
+        ("hydra", {"parameter.model": "owner/model"}, 400, "model is one of smollm2-135m, tiny-random-llama"),
+        ("hydra", {"parameter.prompts": "mt_bench"}, 400, "prompts is one of built-in in a run from the page"),
         ("hydra", {"parameter.__class__": "x"}, 400, "hydra has no option __class__"),
         ("hydra", {"on": "ray://evil:1"}, 400, "the form has no field 'on'"),
         ("hydra", {"seed": "-1"}, 400, "seed is a whole number of at least 0, not '-1'"),
@@ -141,6 +147,32 @@ def test_unknown_papers_fields_and_values_are_refused_in_one_sentence(make, path
     assert answer.status_code == status and told in answer.json()["error"]
     assert "<h1" in send(client, f"/papers/{path}/runs", **fields).text
     assert app.state.store.runs() == []
+
+
+def test_the_form_tells_the_bounds_and_offers_what_is_here(make):
+    app = make(allow_runs=True)
+    html = reader(app).get("/papers/hydra").text
+    field = re.search(r'<input id="run-new_tokens"[^>]*>', html)[0]
+    assert 'min="1"' in field and 'max="384"' in field and 'step="1"' in field
+    models = re.search(r'<select id="run-model".*?</select>', html, re.DOTALL)[0]
+    assert re.findall(r'value="([^"]*)"', models) == ["", "smollm2-135m", "tiny-random-llama"]
+    scales = re.search(r'<select id="run-scale".*?</select>', html, re.DOTALL)[0]
+    assert re.findall(r'value="([^"]*)"', scales) == ["tiny", "default"]
+    assert 'type="text"' not in re.search(r'<form class="parameters".*?</form>', html, re.DOTALL)[0]
+    offer = reader(app).get("/papers/hydra.json").json()["offer"]
+    [told] = [field for field in offer["fields"] if field["name"] == "new_tokens"]
+    assert (told["low"], told["high"], offer["scales"]) == (1, 384, ["tiny", "default"])
+
+
+def test_an_address_with_enough_runs_is_told_to_wait_where_runs_need_no_account(make):
+    app = make(allow_runs=True)
+    stranger = reader(app)
+    for _ in range(3):
+        begun(stranger)
+    answer = send(stranger, "/papers/hydra/runs", JSON)
+    assert answer.status_code == 429 and "you have 3 runs" in answer.json()["error"]
+    # Who has an account has places of their own.
+    begun(reader(app, "ann@example.org"))
 
 
 def test_a_user_with_enough_runs_is_told_to_wait(make):

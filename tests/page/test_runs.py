@@ -12,7 +12,7 @@ import time
 import pytest
 from sqlalchemy import update
 
-from paperworks.errors import UsageError
+from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab import Store
 from paperworks.lab.run import Log
 from paperworks.page import runs as module
@@ -26,14 +26,14 @@ RECIPE = '''
 import os
 import sys
 import time
-from typing import Literal
+from typing import Annotated, Literal
 
-from paperworks.lab import Run, recipe
+from paperworks.lab import Between, Run, recipe
 
 
 @recipe(paper="sleeper", baseline="staying awake", tiny={"seconds": 0.0})
 def sleeper(
-    run: Run, seconds: float = 60.0, naps: int = 2, bed: Literal["soft", "hard"] = "soft", model: str = "nobody",
+    run: Run, seconds: float = 60.0, naps: Annotated[int, Between(1, 9)] = 2, bed: Literal["soft", "hard"] = "soft", model: str = "nobody",
     deaf: bool = False, sour: bool = False, seed: int = 0,
 ) -> None:
     """Sleep.
@@ -247,6 +247,84 @@ def test_a_process_that_cannot_start_is_a_failed_run(runner, monkeypatch):
     assert (run.status, run.error) == ("failed", "its process could not start: exit status 1")
 
 
+def no_room(*given, **named):
+    raise OSError(12, "Cannot allocate memory")
+
+
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("fault", ["process", "thread"])
+def test_a_start_that_fails_frees_its_place(sleeper, store_url, monkeypatch, fault):
+    with Runner(store_url, places=1) as runner:
+        with monkeypatch.context() as full:
+            if fault == "process":
+                full.setattr(module.subprocess, "Popen", no_room)
+            else:
+                full.setattr(module.threading.Thread, "start", no_thread)
+            for _ in range(3):
+                # Not that all places are taken.
+                with pytest.raises(PaperworksError, match="this machine has no room for its process") as refused:
+                    runner.start("sleeper", {}, "tiny")
+                assert not isinstance(refused.value, BusyError)
+        told = [(run.status, run.error) for run in runner.store.runs()]
+        assert told == [("failed", "its process could not be started")] * 3
+        assert over(runner, runner.start("sleeper", {}, "tiny")).status == "finished"
+
+
+def test_a_start_that_is_interrupted_frees_its_place(sleeper, tmp_path, monkeypatch):
+    def stopped(self, run_id):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "_spawn", stopped)
+    with Runner(tmp_path / "runs.db") as runner:
+        with pytest.raises(KeyboardInterrupt):
+            runner.start("sleeper", {})
+        assert [run.status for run in runner.store.runs()] == ["failed"]
+
+
+@pytest.mark.parametrize("when", ["at its start", "at its end"])
+def test_a_store_that_is_away_for_a_while_keeps_no_place_taken(runner, monkeypatch, when):
+    monkeypatch.setattr(module, "_STORE_AGAIN", 0.01)
+    fail, away = runner._fail, iter(range(3))
+
+    def busy(run_id, reason):
+        if next(away, None) is not None:
+            raise UsageError("the store does not answer")
+        fail(run_id, reason)
+
+    monkeypatch.setattr(runner, "_fail", busy)
+    if when == "at its start":
+        monkeypatch.setattr(module.subprocess, "Popen", no_room)
+        with pytest.raises(PaperworksError, match="no room"):
+            runner.start("sleeper", {})
+        [run] = runner.store.runs()
+        run_id = run.id
+    else:
+        monkeypatch.setattr(module.sys, "executable", "/bin/false")
+        run_id = runner.start("sleeper", {})
+    assert over(runner, run_id).status == "failed" and next(away, None) is None
+
+
+def test_a_process_that_never_begins_is_ended(runner, tmp_path, monkeypatch):
+    hung = tmp_path / "hung"
+    hung.write_text("#!/bin/sh\nexec sleep 600\n")
+    hung.chmod(0o755)
+    monkeypatch.setattr(module, "_BEGINS_WITHIN", 0.2)
+    monkeypatch.setattr(module.sys, "executable", str(hung))
+    run = over(runner, runner.start("sleeper", {}))
+    assert (run.status, run.error) == ("failed", "its process could not start: exit status -9")
+
+
+def test_a_run_that_has_begun_is_not_taken_for_one_that_never_will(runner):
+    run_id = runner.start("sleeper", {"seconds": 3.0})
+    asleep(runner, run_id)
+    assert not runner._announced(run_id)
+    runner._fail(run_id, "it could not start")
+    assert over(runner, run_id).status == "finished"
+
+
 SERVER = """
 import sys, time
 import sleeper_plugin
@@ -271,18 +349,18 @@ def test_a_run_outlives_the_server_that_started_it(sleeper, tmp_path):
     ("parameters", "scale", "message"),
     [
         ({"nap": 3}, "tiny", "sleeper has no option nap; did you mean naps"),
-        ({"naps": "many"}, "tiny", "naps takes a whole number, not 'many'"),
-        ({"naps": "9" * 30}, "tiny", "naps is too large"),
+        ({"naps": "many"}, "tiny", "naps takes a whole number of at least 1, not 'many'"),
+        ({"naps": "9" * 30}, "tiny", "naps is at most 9 in a run from the page, not 9999"),
+        ({"naps": 10}, "tiny", "naps is at most 9 in a run from the page, not 10"),
+        ({"naps": 0}, "tiny", "naps takes a whole number of at least 1, not 0"),
+        ({"seconds": 61}, "tiny", "seconds is at most 60 in a run from the page, not 61.0"),
         ({"bed": "wet"}, "tiny", "bed takes one of soft, hard, not 'wet'"),
         ({"seconds": "nan"}, "tiny", "seconds takes a finite number"),
         ({}, "huge", "sleeper has no scale 'huge'"),
-        ({"model": "/etc/passwd"}, "tiny", "model takes a name here, not a path"),
-        ({"model": "~root/model"}, "tiny", "model takes a name here, not a path"),
-        ({"model": "owner/../../secret"}, "tiny", "model takes a name here, not a path"),
-        ({"model": "https://example.org/x"}, "tiny", "model takes a name here, not a path"),
-        ({"model": "here.gguf"}, "tiny", "is a file of the server"),
-        ({"model": "x" * 201}, "tiny", "at most 200 characters"),
-        ({"model": "a\nb"}, "tiny", "at most 200 characters, all of them printable"),
+        ({"model": "/etc/passwd"}, "tiny", "model is one of nobody in a run from the page, not '/etc/passwd'"),
+        ({"model": "owner/model"}, "tiny", "model is one of nobody in a run from the page, not 'owner/model'"),
+        ({"model": "here.gguf"}, "tiny", "model is one of nobody in a run from the page, not 'here.gguf'"),
+        ({"model": "a\nb"}, "tiny", "model is one of nobody in a run from the page"),
     ],
 )
 def test_only_known_options_and_sound_values_start_a_run(runner, tmp_path, monkeypatch, parameters, scale, message):
@@ -321,6 +399,18 @@ def test_each_user_and_all_together_have_so_many_places(sleeper, tmp_path, monke
         assert len(runner.store.runs()) == 5
         work.end(runner.store, first[0], "interrupted", "cancelled")
         runner.start("sleeper", {}, user_id=1)
+
+
+def test_each_address_has_so_many_places_where_runs_need_no_account(sleeper, store_url, monkeypatch):
+    monkeypatch.setattr(Runner, "_spawn", lambda self, run_id: None)
+    with Runner(store_url, places=9, places_each=2) as runner:
+        first = [runner.start("sleeper", {}, address="198.51.100.1") for _ in range(2)]
+        with pytest.raises(BusyError, match="you have 2 runs under way"):
+            runner.start("sleeper", {}, address="198.51.100.1")
+        runner.start("sleeper", {}, address="198.51.100.2")
+        work.end(runner.store, first[0], "interrupted", "cancelled")
+        runner.start("sleeper", {}, address="198.51.100.1")
+        assert len(runner._strangers) == 3
 
 
 def test_a_run_of_the_command_line_is_not_cancelled_from_the_page(runner):

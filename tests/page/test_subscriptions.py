@@ -60,11 +60,16 @@ def test_a_subscription_begins_when_its_address_confirms_it(store, subscriptions
 
 
 def test_the_mail_asks_and_only_a_hash_of_its_token_is_kept(store, subscriptions):
-    subscriptions.subscribe(ADA, query="<b>diffusion")
+    assert subscriptions.subscribe(ADA, query="<b>diffusion", tag="language") is None
     with store.reading() as session:
         [mail] = session.scalars(select(MailRow))
-    assert mail.recipient == ADA and "weekly digest of papers for “<b>diffusion”" in mail.text
-    assert "<b>" not in mail.html and "&lt;b&gt;diffusion" in mail.html
+    assert mail.recipient == ADA and "weekly digest of papers at this address" in mail.text
+    # What it is for a stranger may have written: the page that the link leads to shows it.
+    for typed in ("diffusion", "language"):
+        assert typed not in f"{mail.subject} {mail.text} {mail.html} {mail.headers}"
+    asked = subscriptions.asked(tokens(store)[0])
+    assert (asked.email, asked.subject) == (ADA, "papers for “<b>diffusion” tagged language")
+    assert rows(store)[0].confirmed is None
     assert tokens(store)[0] not in {
         getattr(rows(store)[0], column.name) for column in SubscriptionRow.__table__.columns
     }
@@ -82,8 +87,9 @@ def test_a_link_that_is_too_old_or_none_confirms_nothing(store, subscriptions, c
     subscriptions.subscribe(ADA)
     clock.now += CONFIRMATION_SECONDS
     for token in (tokens(store)[0], "no such token", ""):
-        with pytest.raises(UsageError, match="confirms no subscription, or no longer"):
-            subscriptions.confirm(token)
+        for call in (subscriptions.confirm, subscriptions.asked):
+            with pytest.raises(UsageError, match="confirms no subscription, or no longer"):
+                call(token)
     clock.now += 1
     subscriptions.subscribe("bob@example.org")
     assert [row.email for row in rows(store)] == ["bob@example.org"]
@@ -133,6 +139,16 @@ def test_nobodys_mailbox_is_filled(store, subscriptions, clock):
     clock.now += 86401
     subscriptions.subscribe(ADA, tag="another")
     assert len(tokens(store)) == 6
+
+
+def test_who_has_shown_that_the_address_is_theirs_needs_no_mail(store, subscriptions, clock):
+    for number in range(20):
+        subscriptions.subscribe(ADA, tag=f"tag{number}")
+    begun = subscriptions.subscribe(ADA, tag="vision", owned=True)
+    assert (begun.email, begun.tag, begun.told_until) == (ADA, "vision", clock.now) and len(tokens(store)) == 5
+    again = subscriptions.subscribe(ADA, tag="vision", frequency="daily", owned=True)
+    assert (again.id, again.frequency, again.farewell) == (begun.id, "daily", begun.farewell)
+    assert [row.tag for row in rows(store) if row.confirmed] == ["vision"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sqlalchemy import select
 
 from paperworks.lab import records
 from paperworks.lab.run import Run
+from paperworks.lab.verdicts import KINDS, in_words, tally, verdicts
 from paperworks.page import ingest
 from paperworks.page.app import create_app
 from paperworks.page.caching import Crowd, Shared
@@ -79,6 +80,7 @@ PAGES = [
     "/new",
     "/search?q=decoding",
     "/rooms",
+    "/claims",
     "/rooms/decoding",
     "/papers/hydra",
     f"/papers/{KEY}",
@@ -114,9 +116,10 @@ def test_every_link_on_the_pages_leads_somewhere(pages):
 def test_the_paper_page_shows_claims_beside_measured_figures_with_interval_and_machine(pages):
     html = pages.get("/papers/hydra").text
     record = records.load_records()["hydra"]
-    best = records.headline(record)
     assert records.machine(record["environment"]) in html
-    assert f"{records.figure(best.low)} to {records.figure(best.high)}" in html
+    for found in verdicts(get("hydra")):
+        assert f">{found.kind}</span>" in html and str(escape(found.ours)) in html
+        assert str(escape(found.claim.differs)) in html
     for claim in get("hydra").claims:
         assert records.figure(claim.value).replace(">", "&gt;") in html
     assert "from paperworks.decoding import Hydra" in html and "paperworks run hydra" in html
@@ -124,7 +127,39 @@ def test_the_paper_page_shows_claims_beside_measured_figures_with_interval_and_m
     assert "/figures/hydra.png" in html and pages.get("/figures/hydra.png").headers["content-type"] == "image/png"
     assert "@misc{" in html and 'action="/papers/hydra/runs"' in html
     shown = pages.get("/papers/hydra.json").json()
+    assert [one["verdict"] for one in shown["verdicts"]] == [found.kind for found in verdicts(get("hydra"))]
     assert shown["record"]["measurements"] and shown["paper"]["claims"] and len(shown["similar"]) > 2
+
+
+def test_claims_are_listed_with_their_verdicts_and_filtered(pages):
+    everything = pages.get("/claims.json").json()
+    assert sum(everything["counts"].values()) == len(everything["claims"]) > 50
+    for kind in KINDS:
+        some = pages.get("/claims.json", params={"verdict": kind, "room": "decoding"}).json()
+        assert all(one["verdict"] == kind for one in some["claims"])
+        html = pages.get("/claims", params={"verdict": kind, "room": "decoding"}).text
+        assert html.count('<span class="verdict') == len(some["claims"])
+    hydra = [one for one in everything["claims"] if one["paper"] == "hydra"]
+    assert tally(verdicts(get("hydra"))) == {
+        kind: sum(one["verdict"] == kind for one in hydra)
+        for kind in KINDS
+        if any(one["verdict"] == kind for one in hydra)
+    }
+    assert pages.get("/claims?verdict=wonderful").status_code == 422
+    assert "room=&amp;verdict=" not in pages.get("/claims?room=&verdict=").text
+
+
+def test_the_badge_tells_how_many_claims_hold(pages):
+    answer = pages.get("/papers/hydra/badge.svg")
+    assert answer.headers["content-type"].startswith("image/svg+xml") and "max-age" in answer.headers["cache-control"]
+    image = ElementTree.fromstring(answer.text)
+    told = in_words(verdicts(get("hydra")))
+    assert image.get("aria-label") == f"Paperworks: {told}"
+    assert [text.text for text in image.iter("{http://www.w3.org/2000/svg}text")] == ["Paperworks", told]
+    again = pages.get("/papers/hydra/badge.svg", headers={"if-none-match": answer.headers["etag"]})
+    assert again.status_code == 304 and not again.content
+    assert pages.get("/papers/tsdiff/badge.svg").status_code == pages.get("/papers/none/badge.svg").status_code == 404
+    assert "/papers/hydra/badge.svg)" in pages.get("/papers/hydra").text
 
 
 def test_a_paper_without_a_card_shows_its_abstract_escaped(pages):

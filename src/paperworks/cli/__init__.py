@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -10,6 +11,14 @@ import typer
 from paperworks import __version__
 from paperworks.cli import bench, models, page, papers, runs
 from paperworks.errors import PaperworksError
+
+# Libraries draw bars and warn on the error stream, where progress and errors are told in the commands' own words.
+_SILENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 def app() -> typer.Typer:
@@ -48,6 +57,8 @@ def app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; errors are one sentence and an exit status."""
+    for name, value in _SILENT.items():
+        os.environ.setdefault(name, value)
     try:
         status = app()(standalone_mode=False)
         # Typer turns Ctrl-C into this status of its own.

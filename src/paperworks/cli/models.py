@@ -20,7 +20,9 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 for greedy text.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 for greedy text; as the model's generation config has it by default.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of what is sampled.")] = 0,
@@ -28,14 +30,14 @@ def generate(
 ) -> None:
     """Write text with a model, faster by a method: streams, and ends with tokens a second."""
     from paperworks.consult.writing import write
-    from paperworks.lab.run import Display
+    from paperworks.lab.display import Display
 
-    written = write(
-        sys.stdin.read() if prompt == "-" else prompt, model=model, method=method, drafter=drafter, chat=not raw,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        on_text=(lambda text: None) if as_json else lambda text: print(text, end="", flush=True),
-        display=Display() if sys.stderr.isatty() and not as_json else None,
-    )  # fmt: skip
+    with Display() as display:
+        written = write(
+            sys.stdin.read() if prompt == "-" else prompt, model=model, method=method, drafter=drafter, chat=not raw,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            on_text=(lambda text: None) if as_json else lambda text: print(text, end="", flush=True), display=display,
+        )  # fmt: skip
     cost = {"tokens": written.tokens, "seconds": written.seconds, "tokens_per_second": written.speed}
     if as_json:
         return print_json({"text": written.text, **cost, "accepted_per_call": written.accepted_per_call})

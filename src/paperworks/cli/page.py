@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paperworks.cli.shared import JsonOption, StoreOption, print_json, progress
+from paperworks.cli.shared import JsonOption, StoreOption, print_json
 from paperworks.errors import UsageError
 
 SinceOption = Annotated[
@@ -103,17 +104,23 @@ def ingest_cards(
 
 def _ingest(read: Callable[..., Any], store: str | None, words: bool, as_json: bool) -> None:
     """Read a source into the index, embed what is new, and say what came."""
+    from paperworks.lab.display import Display
     from paperworks.lab.store import Store
     from paperworks.page.index import Index
 
-    with Store(store) as opened, progress(hidden=as_json) as tell:
+    with Store(store) as opened, Display() as display:
         index = Index(opened)
-        came = read(index, opened, partial(tell, "reading"))
-        embedded = 0 if words else index.build(partial(tell, "embedding"))
+        came = read(index, opened, partial(display.tell, "reading"))
+        embedded = 0 if words else index.build(partial(display.tell, "embedding"))
         held = index.search("", limit=1).total
-    told = {"read": came.read, "new": came.new, "updated": came.updated, "embedded": embedded, "held": held}
+    told = {
+        "read": came.read, "new": came.new, "updated": came.updated, "embedded": embedded, "held": held,
+        "left_out": list(came.left_out),
+    }  # fmt: skip
     if as_json:
         return print_json(told)
+    for sentence in came.left_out:
+        print(sentence, file=sys.stderr)
     print(f"{came.read} papers read: {came.new} new, {came.updated} updated; the index holds {held}")
 
 
@@ -132,6 +139,14 @@ def serve(
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Server processes that share the work.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Runs that may take place at once.")] = 1,
+    proxies: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PAPERWORKS_PROXIES",
+            help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, such as 127.0.0.1,10.0.0.0/8; "
+            "nobody's by default.",
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """The page: search, trending, subscriptions, and a run button for every paper."""
@@ -139,7 +154,7 @@ def serve(
 
     serve_page(
         host=host, port=port, base_url=base_url, processes=processes, allow_runs=allow_runs, workers=workers,
-        store_url=store,
+        proxies=proxies, store_url=store,
     )  # fmt: skip
 
 

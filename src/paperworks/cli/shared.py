@@ -1,11 +1,8 @@
-"""What the commands share: options, JSON, the terminal and its bars."""
+"""What the commands share: options, JSON and the terminal."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -27,23 +24,3 @@ def terminal() -> Any:
     from rich.console import Console
 
     return Console()
-
-
-@contextmanager
-def progress(*, hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal's error stream: told what is being done, how much is done and of how much."""
-    from paperworks.lab.run import Bar, Bars, Display
-
-    display = Display() if sys.stderr.isatty() and not hidden else None
-    bars: dict[str, Bar] = {}
-
-    def tell(what: str, done: int, total: int) -> None:
-        bars[what] = Bar(list(bars).index(what) if what in bars else len(bars), what, done, total)
-        if display:
-            display.show(Bars(tuple(bars.values())))
-
-    try:
-        yield tell
-    finally:
-        if display:
-            display.close()

@@ -7,6 +7,8 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
+from typing import Literal
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -16,15 +18,22 @@ from sqlalchemy.orm import Session
 from paperworks.errors import UsageError
 from paperworks.lab.store import Store
 from paperworks.page.mail import Mail, Outbox, address, letter
-from paperworks.page.tables import LoginLinkRow, SessionRow, UserRow
+from paperworks.page.places import BusyError
+from paperworks.page.tables import GuessRow, LoginLinkRow, SessionRow, UserRow
 from paperworks.page.tokens import hashed, new_token
 
+Kind = Literal["login", "register", "reset"]
 SESSION_SECONDS = 30 * 86400
 LINK_SECONDS = 3600
+# Mailed to an address while they are good, so that nobody's mailbox can be filled from here.
+LINKS = 3
+# At an account's password, and how long until one more.
+GUESSES, GUESS_SECONDS = 10, 600.0
 _SHORTEST, _LONGEST = 8, 1024
-# Nobody's mailbox can be filled from here: more links are not sent until these have expired.
-_OPEN_LINKS = 3
+_LOGIN: tuple[Kind, ...] = ("login",)
+_PASSWORD: tuple[Kind, ...] = ("register", "reset")
 _WRONG = "this address and password do not go together; check both, or log in by a link to your mailbox"
+_SPENT = "this link was used already, has been replaced by a newer one or is more than an hour old; ask for a new one"
 
 
 @dataclass(frozen=True)
@@ -42,70 +51,154 @@ class User:
     confirmed: bool
 
 
+@dataclass(frozen=True)
+class Link:
+    """A mailed link that is good still.
+
+    Attributes:
+        kind: What it does: "login" logs in, "register" makes an account with a password, "reset" replaces a password.
+        email: The address that it was mailed to.
+    """
+
+    kind: Kind
+    email: str
+
+
 class Accounts:
     """Accounts in a store: by password (argon2id) or by links to a mailbox, and the sessions of who is logged in.
 
-    Tokens of sessions and links are 256 random bits, of which the store keeps a hash; they expire, and a link logs in
-    once. Whether an address has an account shows in no answer as long as addresses are confirmed.
+    Whoever asks for an account gives its address alone. The password is chosen by who opens the link that is mailed
+    there. Tokens of sessions and links are 256 random bits, of which the store keeps a hash; they expire, a link is
+    good once, and the newest of a kind replaces the others. Whether an address has an account shows in no answer.
 
     Args:
         store: The lab's store.
         base_url: Address of the page, which links in mails begin with.
-        confirm: Whether an account by password comes about only when a link in a mail is opened; by default where
-            PAPERWORKS_SMTP names a mail server, for without one nobody would ever get in.
+        confirms: Whether addresses are confirmed by mail; by default where PAPERWORKS_SMTP names a mail server, for
+            without one nobody would ever get in. Elsewhere an address is taken at its word, with a password, until
+            a link that was mailed to it is opened.
+
+    Attributes:
+        confirms: Whether addresses are confirmed by mail.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "runs.db") as store:
-        ...     accounts = Accounts(store, "https://example.org", confirm=False)
-        ...     user = accounts.register("ada@example.org", "a long secret")
-        ...     token = accounts.login("ada@example.org", "a long secret")
-        ...     accounts.user(token) == user
-        True
+        ...     accounts = Accounts(store, "https://example.org", confirms=False)
+        ...     accounts.user(accounts.register("ada@example.org", "a long secret"))
+        ...     accounts.user(accounts.login("ada@example.org", "a long secret")).email
+        User(id=1, email='ada@example.org', confirmed=False)
+        'ada@example.org'
     """
 
-    def __init__(self, store: Store, base_url: str, *, confirm: bool | None = None) -> None:
+    def __init__(self, store: Store, base_url: str, *, confirms: bool | None = None) -> None:
         self._store = store
         self._base_url = base_url.rstrip("/")
-        self._confirm = bool(os.environ.get("PAPERWORKS_SMTP")) if confirm is None else confirm
+        self.confirms = bool(os.environ.get("PAPERWORKS_SMTP")) if confirms is None else confirms
         self._outbox = Outbox(store)
 
-    def register(self, email: str, password: str) -> User | None:
-        """Make an account with a password, or mail a link that makes it.
-
-        Where addresses are confirmed, the answer is the same whether or not the address has an account already: who
-        has one is mailed a link that logs in, and keeps the password they had.
+    def register(self, email: str, password: str) -> str:
+        """Make an account with a password at once, where addresses are not confirmed.
 
         Args:
             email: The address.
             password: Between 8 and 1024 characters.
 
         Returns:
-            The account; None where it is made when the link is opened.
+            The token of a new session, for a cookie.
 
         Raises:
-            UsageError: The address or the password is none that can be used, or, where addresses are not confirmed,
-                the address has an account.
+            UsageError: The address or the password is none that can be used, the address has an account, or
+                addresses are confirmed here.
         """
-        email = address(email)
-        if not _SHORTEST <= len(password) <= _LONGEST:
-            raise UsageError(f"a password has {_SHORTEST} to {_LONGEST} characters, not {len(password)}")
-        # Hashed in either case, so that the time taken tells nothing.
-        secret = _hasher().hash(_normal(password))
-        if self._confirm:
-            self._mail_link(email, secret)
-            return None
+        if self.confirms:
+            raise UsageError("addresses are confirmed here: ask for a link by mail, and choose the password behind it")
+        email, secret = address(email), _secret(password)
         with self._store.writing(alone=True) as session:
             if _row(session, email) is not None:
                 raise UsageError(f"{email} has an account already; log in, or choose another address")
             row = UserRow(email=email, password=secret, created=time.time())
             session.add(row)
             session.flush()
-            return _user(row)
+            return _new_session(session, row.id)
 
-    def login(self, email: str, password: str) -> str:
+    def request_password(self, email: str) -> None:
+        """Mail a link behind which a password is chosen: it makes an account, or replaces the password of one.
+
+        Nothing tells which of both; three such links an hour are mailed to an address, and the last stays good.
+
+        Raises:
+            UsageError: The address is none.
+        """
+        self._mail_link(address(email), _PASSWORD)
+
+    def request_link(self, email: str) -> None:
+        """Mail a link that logs in, three an hour to an address; who has no account gets one by opening it.
+
+        Raises:
+            UsageError: The address is none.
+        """
+        self._mail_link(address(email), _LOGIN)
+
+    def link(self, token: str, *kinds: Kind) -> Link:
+        """What a mailed link is for, which leaves it as it is: programs that look through mail open links.
+
+        Raises:
+            UsageError: The link is of none of these kinds, was used or replaced, is too old or is none.
+        """
+        with self._store.reading() as session:
+            return _good(session, token, kinds)
+
+    def login_by_link(self, token: str) -> str:
+        """Log in by the token of a mailed link, which uses it up.
+
+        Returns:
+            The token of a new session, for a cookie.
+
+        Raises:
+            UsageError: The link does not log in, was used or replaced, is too old or is none.
+        """
+        now = time.time()
+        with self._store.writing(alone=True) as session:
+            row = _owner(session, _used(session, token, _LOGIN), now)
+            if row.confirmed is None:
+                # Whoever registered had not shown that the address is theirs; its owner has, and begins anew.
+                row.password, row.confirmed = None, now
+                _end_sessions(session, row)
+            return _new_session(session, row.id)
+
+    def set_password(self, token: str, password: str) -> str:
+        """Choose the password behind a mailed link, which uses it up and ends all sessions that there were.
+
+        Args:
+            token: The token of the link.
+            password: Between 8 and 1024 characters; another leaves the link good.
+
+        Returns:
+            The token of a new session, for a cookie.
+
+        Raises:
+            UsageError: The password is none that can be used, or the link sets none, was used or replaced, is too old
+                or is none.
+        """
+        # Before the work of hashing, which nobody gets for nothing.
+        self.link(token, *_PASSWORD)
+        secret, now = _secret(password), time.time()
+        with self._store.writing(alone=True) as session:
+            row = _owner(session, _used(session, token, _PASSWORD), now)
+            row.password, row.confirmed = secret, row.confirmed or now
+            _end_sessions(session, row)
+            return _new_session(session, row.id)
+
+    def login(self, email: str, password: str, browser: str = "") -> str:
         """Log in by password.
+
+        Args:
+            email: The address.
+            password: The password.
+            browser: A name for a browser that has been logged in to this account before. Its guesses are counted by
+                themselves, so that strangers who guess do not keep the owner out.
 
         Returns:
             The token of a new session, for a cookie.
@@ -113,60 +206,59 @@ class Accounts:
         Raises:
             UsageError: Address and password do not go together; the sentence and the time it takes are the same
                 whether or not the address has an account.
+            BusyError: Too many were tried, whether or not the address has an account.
         """
         try:
             email = address(email)
         except UsageError:
             raise UsageError(_WRONG) from None
+        key = hashed(f"login {email} {browser}")
+        self._guess(key, "log in by a link to your mailbox")
         with self._store.reading() as session:
             row = _row(session, email)
         known = row.password if row is not None else None
         fits = _fits(password, known or _nobody())
         if row is None or known is None or not fits:
             raise UsageError(_WRONG)
-        stronger = _hasher().hash(_normal(password)) if _hasher().check_needs_rehash(known) else None
+        stronger = _hasher().hash(_normal(password)) if _hasher().check_needs_rehash(known) else known
         with self._store.writing(alone=True) as session:
-            if stronger:
-                # Unless the password was changed meanwhile.
-                unchanged = update(UserRow).where(UserRow.id == row.id, UserRow.password == known)
-                session.execute(unchanged.values(password=stronger))
+            _replace(session, row.id, known, stronger, _WRONG)
+            _forgive(session, key)
             return _new_session(session, row.id)
 
-    def request_link(self, email: str) -> None:
-        """Mail a link that logs in once, within an hour; who has no account gets one by opening it.
+    def change_password(self, user: User, old: str, new: str) -> str:
+        """Replace a password by who knows it, which ends all sessions that there were.
 
-        Raises:
-            UsageError: The address is none.
-        """
-        self._mail_link(address(email), None)
-
-    def login_by_link(self, token: str) -> str:
-        """Log in by the token of a mailed link, which is used up by that.
-
-        Programs that look through mail open links by GET, so that a page behind a link logs in only by POST.
+        Args:
+            user: Whose it is.
+            old: The password so far.
+            new: Between 8 and 1024 characters.
 
         Returns:
             The token of a new session, for a cookie.
 
         Raises:
-            UsageError: The link was used, is too old or is none.
+            UsageError: The old password is wrong, or the new one is none that can be used.
+            BusyError: Too many old ones were tried.
         """
-        now = time.time()
+        key = hashed(f"change {user.id}")
+        _check(new)
+        self._guess(key, "ask for a link to your mailbox that replaces it")
+        with self._store.reading() as session:
+            known = session.scalar(select(UserRow.password).where(UserRow.id == user.id))
+        wrong = "this is not the password that you have; check it, or ask for a link to your mailbox that replaces it"
+        if known is None or not _fits(old, known):
+            raise UsageError(wrong)
+        secret = _secret(new)
         with self._store.writing(alone=True) as session:
-            link = session.get(LoginLinkRow, hashed(token))
-            if link is None or link.expires <= now:
-                raise UsageError("this link was used already or is more than an hour old; ask for a new one")
-            session.delete(link)
-            row = _row(session, link.email)
-            if row is None:
-                row = UserRow(email=link.email, password=link.password, created=now, confirmed=now)
-                session.add(row)
-            elif row.confirmed is None:
-                # Whoever registered had not shown that the address is theirs; its owner has, and begins anew.
-                row.password, row.confirmed = None, now
-                session.execute(delete(SessionRow).where(SessionRow.user_id == row.id))
-            session.flush()
-            return _new_session(session, row.id)
+            _end_sessions(session, _replace(session, user.id, known, secret, wrong))
+            _forgive(session, key)
+            return _new_session(session, user.id)
+
+    def has_password(self, user: User) -> bool:
+        """Whether an account has a password, or is logged in to by links only."""
+        with self._store.reading() as session:
+            return session.scalar(select(UserRow.password).where(UserRow.id == user.id)) is not None
 
     def user(self, session_token: str | None) -> User | None:
         """Who is logged in with this token; None where nobody is, or no longer."""
@@ -184,36 +276,63 @@ class Accounts:
             with self._store.writing() as session:
                 session.execute(delete(SessionRow).where(SessionRow.token_hash == hashed(session_token)))
 
-    def _mail_link(self, email: str, password: str | None) -> None:
+    def _guess(self, key: str, cure: str) -> None:
+        """Count a guess before it is looked at, so that many at the same time count too."""
+        now = time.time()
+        with self._store.writing(alone=True) as session:
+            session.execute(delete(GuessRow).where(GuessRow.at <= now - GUESSES * GUESS_SECONDS))
+            row = session.get(GuessRow, key)
+            if row is None:
+                row = GuessRow(key=key, remaining=float(GUESSES), at=now)
+                session.add(row)
+            row.remaining = min(float(GUESSES), row.remaining + max(0.0, now - row.at) / GUESS_SECONDS)
+            row.at = now
+            if row.remaining < 1:
+                seconds = ceil((1 - row.remaining) * GUESS_SECONDS)
+                told = f"too many passwords were tried: wait {ceil(seconds / 60)} min, or {cure}"
+                raise BusyError(told, retry_after=seconds)
+            row.remaining -= 1
+
+    def _mail_link(self, email: str, kinds: tuple[Kind, ...]) -> None:
         now, token = time.time(), new_token()
+        same = (LoginLinkRow.email == email, LoginLinkRow.kind.in_(kinds))
         with self._store.writing(alone=True) as session:
             session.execute(delete(LoginLinkRow).where(LoginLinkRow.expires <= now))
-            open_links = select(func.count()).select_from(LoginLinkRow).where(LoginLinkRow.email == email)
-            if (session.scalar(open_links) or 0) >= _OPEN_LINKS:
+            mailed = session.scalar(select(func.count()).select_from(LoginLinkRow).where(*same)) or 0
+            if mailed >= LINKS:
+                # The last of them is good still, for all go when one is used: the owner of the mailbox has it.
                 return
-            known = _row(session, email) is not None
+            confirmed = session.scalar(select(UserRow.confirmed).where(UserRow.email == email)) is not None
+            kind: Kind = "login" if kinds == _LOGIN else "reset" if confirmed else "register"
+            session.execute(update(LoginLinkRow).where(*same).values(replaced=True))
             session.add(
-                LoginLinkRow(token_hash=hashed(token), email=email, password=password, expires=now + LINK_SECONDS)
+                LoginLinkRow(
+                    token_hash=hashed(token), email=email, kind=kind, replaced=False, expires=now + LINK_SECONDS
+                )
             )
-            mail = self._letter(token, registers=password is not None, known=known)
-            self._outbox.put(email, mail, useful_for=LINK_SECONDS, session=session)
+            self._outbox.put(email, self._letter(kind, token), useful_for=LINK_SECONDS, session=session)
 
-    def _letter(self, token: str, *, registers: bool, known: bool) -> Mail:
-        if registers and known:
-            told = "Someone, probably you, wanted to register at Paperworks with this address, which has an account."
-            subject, paragraphs = "You have an account at Paperworks", [told, "This link logs you in to it."]
-        elif registers:
-            told = "Someone, probably you, wants an account at Paperworks with this address."
-            subject, paragraphs = "Confirm your account at Paperworks", [told, "This link confirms it and logs you in."]
+    def _letter(self, kind: Kind, token: str) -> Mail:
+        """The mail with a link, which holds nothing that whoever asked for it has typed."""
+        if kind == "login":
+            subject, label, path = "Log in to Paperworks", "Log in", "login/link"
+            told = ["Someone, probably you, asked for a link to log in to Paperworks."]
+        elif kind == "register":
+            subject, label, path = "Your account at Paperworks", "Choose a password", "password"
+            told = ["Someone, probably you, wants an account at Paperworks with this address. Choose its password."]
         else:
-            told = "Someone, probably you, asked for a link to log in to Paperworks."
-            subject, paragraphs = "Log in to Paperworks", [told]
+            subject, label, path = "Your password at Paperworks", "Choose a new password", "password"
+            told = [
+                "Someone, probably you, wants a new password at Paperworks, or to register with this address.",
+                "It has an account: log in as you are used to, or choose a new password. That logs out all browsers.",
+            ]
         return letter(
             subject,
-            paragraphs=paragraphs,
-            link=f"{self._base_url}/login/link/{token}",
-            label="Confirm and log in" if registers and not known else "Log in",
-            small="The link works once, within an hour. If it was not you, do nothing: without it nothing happens.",
+            paragraphs=told,
+            link=f"{self._base_url}/{path}/{token}",
+            label=label,
+            small="The link works once, within an hour, unless a newer mail replaces it. "
+            "If it was not you, do nothing: without it nothing happens.",
         )
 
 
@@ -226,6 +345,17 @@ def _hasher() -> PasswordHasher:
 def _nobody() -> str:
     """A hash to compare with where there is no account, which takes as long."""
     return _hasher().hash(new_token())
+
+
+def _check(password: str) -> None:
+    if not _SHORTEST <= len(password) <= _LONGEST:
+        raise UsageError(f"a password has {_SHORTEST} to {_LONGEST} characters, not {len(password)}")
+
+
+def _secret(password: str) -> str:
+    """What is kept of a password."""
+    _check(password)
+    return _hasher().hash(_normal(password))
 
 
 def _fits(password: str, known: str) -> bool:
@@ -248,6 +378,53 @@ def _row(session: Session, email: str) -> UserRow | None:
 
 def _user(row: UserRow) -> User:
     return User(row.id, row.email, row.confirmed is not None)
+
+
+def _good(session: Session, token: str, kinds: tuple[Kind, ...]) -> Link:
+    row = session.get(LoginLinkRow, hashed(token))
+    if row is None or row.replaced or row.expires <= time.time() or row.kind not in kinds:
+        raise UsageError(_SPENT)
+    return Link(row.kind, row.email)  # type: ignore[arg-type]
+
+
+def _used(session: Session, token: str, kinds: tuple[Kind, ...]) -> Link:
+    """What a link is for, which is used up with all others to this address, whose owner has come."""
+    link = _good(session, token, kinds)
+    session.execute(delete(LoginLinkRow).where(LoginLinkRow.email == link.email))
+    return link
+
+
+def _owner(session: Session, link: Link, now: float) -> UserRow:
+    """The account of the address that a link was mailed to, made where there is none."""
+    row = _row(session, link.email)
+    confirmed = row is not None and row.confirmed is not None
+    if link.kind != "login" and confirmed != (link.kind == "reset"):
+        # The account has come or gone since.
+        raise UsageError(_SPENT)
+    if row is None:
+        row = UserRow(email=link.email, created=now)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def _replace(session: Session, user_id: int, known: str, secret: str, wrong: str) -> UserRow:
+    """Set a password where it is still the one that was looked at; who knew one that is gone gets in no more."""
+    row = session.get(UserRow, user_id)
+    if row is None or row.password != known:
+        raise UsageError(wrong)
+    row.password = secret
+    return row
+
+
+def _forgive(session: Session, key: str) -> None:
+    """Take back a guess that was right; wrong ones stay counted."""
+    right = update(GuessRow).where(GuessRow.key == key)
+    session.execute(right.values(remaining=GuessRow.remaining + 1))
+
+
+def _end_sessions(session: Session, row: UserRow) -> None:
+    session.execute(delete(SessionRow).where(SessionRow.user_id == row.id))
 
 
 def _new_session(session: Session, user_id: int) -> str:

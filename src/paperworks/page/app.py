@@ -20,10 +20,11 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,25 +33,42 @@ from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from paperworks import __version__
 from paperworks.errors import PaperworksError, UsageError
+from paperworks.lab.display import Display
 from paperworks.lab.store import Store
 from paperworks.page.accounts import Accounts
 from paperworks.page.caching import Crowd, Shared
+from paperworks.page.concealing import without_paths
 from paperworks.page.index import Index
 from paperworks.page.mail import keep_sending
+from paperworks.page.places import BusyError
 from paperworks.page.rendering import STATIC, respond, wants_json
-from paperworks.page.routes import accounts, community, papers, runs
-from paperworks.page.runs import BusyError, Runner
-from paperworks.page.safety import Guard, Limits, check_csrf, drop_session, is_loopback, refusal, session_token
+from paperworks.page.routes import accounts, claims, community, papers, runs
+from paperworks.page.runs import Runner
+from paperworks.page.safety import (
+    Guard,
+    Limits,
+    beginning,
+    check_csrf,
+    drop_session,
+    is_loopback,
+    networks,
+    refusal,
+    session_token,
+)
+from paperworks.page.submissions import Submissions
 from paperworks.page.subscriptions import Subscriptions
 from paperworks.papers import ROOMS
 
 # Of requests that change something, for each address and minute.
-RATES = {"/": 60, "/login": 10, "/register": 10, "/subscribe": 10, "/submit": 10}
+RATES = {"/": 60} | dict.fromkeys(
+    ("/login", "/register", "/forgotten", "/password", "/account", "/subscribe", "/submit"), 10
+)
 # Lists, which hold no forms.
-SHARED = ("/", "/new", "/search", "/feed.atom", "/rooms", *(f"/rooms/{room}" for room in ROOMS))
+SHARED = ("/", "/new", "/search", "/feed.atom", "/claims", "/rooms", *(f"/rooms/{room}" for room in ROOMS))
 _SETTINGS = "PAPERWORKS_PAGE"
 _log = logging.getLogger(__name__)
 
@@ -64,6 +82,7 @@ def create_app(
     workers: int = 1,
     meaning: bool = True,
     rates: dict[str, int] | None = None,
+    proxies: str | None = None,
 ) -> FastAPI:
     """The page over a store.
 
@@ -76,14 +95,15 @@ def create_app(
         meaning: Whether search goes by meaning too, where an embedder is installed, once its model is
             loaded.
         rates: Requests that change something, for each address and minute, by beginning of their path.
+        proxies: Addresses and networks, with commas between them, whose X-Forwarded-For and X-Forwarded-Proto are
+            believed; those of PAPERWORKS_PROXIES by default, and nobody's where that is not set.
 
     Raises:
-        UsageError: The store does not answer, or the address is not one.
+        UsageError: The store does not answer, or the address or a proxy is not one.
     """
-    address = urlsplit(base_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise UsageError(f"the page's address is such as https://papers.example.org, not {base_url!r}")
+    address = _address(base_url)
     base_url = base_url.rstrip("/")
+    trusted = _trusted(proxies)
     store = Store(store_url)
     index = Index(store)
     index.sync_cards()
@@ -99,6 +119,7 @@ def create_app(
             post.start()
         yield
         stop.set()
+        app.state.submissions.close()
         runner.close()
         store.close()
 
@@ -117,10 +138,11 @@ def create_app(
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
     state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, False
-    state.crowd = Crowd(few=3, at_once=2)
+    state.crowd = Crowd(few=3, at_once=2, most=400)
+    state.submissions = Submissions(index)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
-    for routes in (papers, community, accounts, runs):
+    for routes in (claims, papers, community, accounts, runs):
         app.include_router(routes.router)
     if state.htmx:
         app.mount("/static/htmx", StaticFiles(directory=state.htmx.parent), name="htmx")
@@ -133,8 +155,29 @@ def create_app(
     app.add_middleware(Shared, paths=SHARED)
     app.add_middleware(_AsJson)
     app.add_middleware(Limits, rates=RATES if rates is None else rates)
-    app.add_middleware(Guard, hosts=frozenset({address.hostname}), https=address.scheme == "https")
+    app.add_middleware(Guard, hosts=frozenset({str(address.hostname)}), https=address.scheme == "https")
+    if trusted:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=trusted)  # type: ignore[arg-type]
     return app
+
+
+def _trusted(proxies: str | None) -> list[str]:
+    return networks(os.environ.get("PAPERWORKS_PROXIES", "") if proxies is None else proxies)
+
+
+def _address(base_url: str) -> SplitResult:
+    try:
+        address = urlsplit(base_url)
+        sound = address.scheme in ("http", "https") and address.hostname and (address.port or 1) > 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError(f"the page's address is such as https://papers.example.org, not {base_url!r}")
+    if address.path.strip("/") or address.query or address.fragment:
+        raise UsageError(
+            f"the page lives at the root of its address, such as {address.scheme}://{address.netloc}, not at {base_url!r}"
+        )
+    return address
 
 
 def from_environment() -> FastAPI:
@@ -160,14 +203,17 @@ def serve(
         settings: As for `create_app`.
 
     Raises:
-        UsageError: It listens beyond this machine without saying by which address readers reach it.
+        UsageError: It listens beyond this machine without saying by which address readers reach it, or that address or
+            a proxy is not one.
     """
     import uvicorn
 
     if base_url is None:
         if not is_loopback(host):
             raise UsageError(f"listening at {host}, say by which address readers come: --base-url https://…")
-        base_url = f"http://{host}:{port}"
+        base_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    _address(base_url)
+    _trusted(settings.get("proxies"))
     os.environ.setdefault("PAPERWORKS_SECRET", secrets.token_urlsafe(32))
     os.environ[_SETTINGS] = json.dumps({**settings, "base_url": base_url})
     # Tables and cards once, before several processes open them.
@@ -184,6 +230,8 @@ def serve(
         # Addresses hold tokens of mails.
         access_log=False,
         server_header=False,
+        # The application believes those proxies that the operator names; uvicorn would believe all of this machine.
+        proxy_headers=False,
         # Longer than a reader looks at a page.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
@@ -193,7 +241,9 @@ def serve(
 def _build(app: FastAPI) -> None:
     index: Index = app.state.index
     try:
-        index.build()
+        # A server's error stream is a log, also on a terminal.
+        with Display(bars=False) as display:
+            index.build(partial(display.tell, "embedding papers for the search"))
         # The first search that goes by meaning loads the model, which takes seconds: no reader waits for it.
         index.search("papers that run")
         app.state.meaning = True
@@ -253,7 +303,7 @@ class _Defects:
         except Exception:
             if started:
                 raise
-            _log.exception("a defect at /%s", scope.get("path", "").split("/")[1])
+            _log.exception("a defect at /%r", beginning(scope))
             answer = refusal(scope, 500, "what you asked for met a defect of this page; it is in the server's log")
             await answer(scope, receive, send)
 
@@ -300,5 +350,5 @@ def _paperworks_error(request: Request, error: Exception) -> Response:
         _log.error("%s", error)
         return refusal(request.scope, 503, "the page's store does not answer; try again in a while")
     if isinstance(error, BusyError):
-        return _error(request, 429, str(error), {"Retry-After": "60"})
-    return _error(request, 400 if isinstance(error, UsageError) else 502, str(error))
+        return _error(request, 429, str(error), {"Retry-After": str(error.retry_after)})
+    return _error(request, 400 if isinstance(error, UsageError) else 502, without_paths(str(error)))

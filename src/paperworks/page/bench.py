@@ -68,6 +68,7 @@ def search_bench(
         tell("papers", held, papers)
         index.add(batch)
         held += len(batch)
+    tell("papers", held, papers)
     filled = time.perf_counter()
     index.build(lambda done, total: tell("embeddings", done, total))
     built = time.perf_counter()
@@ -91,6 +92,7 @@ def search_bench(
             begun = time.perf_counter()
             searched.search(query, **options)
             times.append(1000 * (time.perf_counter() - begun))
+        tell(kind, queries, queries)
         recorded += [
             Measurement("search, median", median(times), "ms", "lower", series=kind, repeats=times),
             Measurement("search, 95th percentile", quantiles(times, n=20)[-1], "ms", "lower", series=kind),
@@ -114,10 +116,13 @@ def page_bench(root: Path, *, progress: Progress | None = None) -> Run:
     kept = user_cache_path("paperworks") / "page-bench" / "runs.db"
     with Store(kept) as store:
         measured = search_bench(store, progress=progress)
+    tell = progress or (lambda what, done, total: None)
     with TemporaryDirectory() as folder:
         for pause, name in ((1.0, "one page a second"), (5.0, "one page in five seconds")):
+            tell(f"200 readers, {name}", 0, 1)
             for one in load_bench(f"sqlite:///{folder}/runs.db", pause=pause):
                 measured.append(replace(one, series=f"{one.series}, 200 readers, {name}"))
+            tell(f"200 readers, {name}", 1, 1)
     run.measurements.extend(measured)
     run.environment.update(environment())
     run.status, run.finished = "finished", datetime.now(UTC)

@@ -10,8 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from paperworks.page.places import BusyError
+from paperworks.page.rendering import wants_json
+from paperworks.page.safety import session_token
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class _Answer:
 class Shared:
     """Keeps the answers to readers who are not signed in, and makes each once while many ask for it.
 
-    Only pages that are the same for all of them may be shared: lists, without forms that carry a token.
+    Only pages that are the same for all of them may be shared: lists, without forms that carry a token. They are made
+    for nobody: what one reader's cookies say is not for the others, however they are written.
 
     Args:
         app: What answers.
@@ -50,15 +55,8 @@ class Shared:
         """Answer from what is kept, or make the answer and keep it."""
         if not self._shared(scope):
             return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
-        key: tuple[Any, ...] = (
-            scope["method"],
-            scope["path"],
-            scope["query_string"],
-            headers.get("host"),
-            headers.get("accept"),
-        )
-        key = (*key, bool(scope.get("paperworks.json")))
+        # Nothing else of a request shows in the answer, and who varies the rest is not to have it made anew.
+        key = (scope["method"], scope["path"], scope["query_string"], wants_json(Request(scope)))
         answer, now = self._answers.get(key), self._clock()
         if answer is None or answer.good_until < now:
             task = self._making.get(key)
@@ -74,8 +72,7 @@ class Shared:
     def _shared(self, scope: Scope) -> bool:
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return False
-        cookies = Headers(scope=scope).get("cookie", "")
-        return scope["path"] in self._paths and "session=" not in cookies
+        return scope["path"] in self._paths and session_token(Request(scope)) is None
 
     async def _make(self, key: tuple[Any, ...], scope: Scope, receive: Receive) -> _Answer:
         messages: list[Message] = []
@@ -83,7 +80,8 @@ class Shared:
         async def keep(message: Message) -> None:
             messages.append(message)
 
-        await self._app(scope, receive, keep)
+        headers = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+        await self._app({**scope, "headers": headers}, receive, keep)
         answer = _Answer(messages, self._clock() + self._seconds)
         if messages[0]["status"] == 200:
             self._answers[key] = answer
@@ -101,6 +99,7 @@ class Crowd:
     Args:
         few: How many that are served or wait are no crowd.
         at_once: How many are served at once.
+        most: How many may be served or wait.
 
     Example:
         >>> async def first_and_second():
@@ -111,12 +110,18 @@ class Crowd:
         (True, False)
     """
 
-    def __init__(self, *, few: int, at_once: int) -> None:
-        self._few, self._present, self._turns = few, 0, asyncio.Semaphore(at_once)
+    def __init__(self, *, few: int, at_once: int, most: int = 1000) -> None:
+        self._few, self._most, self._present, self._turns = few, most, 0, asyncio.Semaphore(at_once)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[bool]:
-        """Wait for one's turn; within it one knows whether there were few when one came."""
+        """Wait for one's turn; within it one knows whether there were few when one came.
+
+        Raises:
+            BusyError: So many wait that one would be gone before one's turn.
+        """
+        if self._present >= self._most:
+            raise BusyError("too many search just now; try again in a few seconds", retry_after=5)
         self._present += 1
         few = self._present <= self._few
         try:

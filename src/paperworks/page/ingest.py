@@ -1,7 +1,8 @@
 """Papers from the cards, from arXiv and from Hugging Face's daily papers, into the index.
 
 What was read stays read: an ingest that is stopped goes on where it was, and the next one begins where the last
-ended, a few days earlier, for papers are announced some days after they are submitted.
+ended, a few days earlier, for papers are announced some days after they are submitted. A record that is no paper is left
+out and told of, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -22,11 +24,13 @@ from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import PaperInfo
 from requests.adapters import HTTPAdapter
+from sqlalchemy.exc import DataError, IntegrityError
 
+from paperworks import __version__
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab.store import Store
 from paperworks.page.entries import Entry
-from paperworks.page.index import Added, Index
+from paperworks.page.index import Index
 from paperworks.page.tables import IngestRow
 from paperworks.papers import load_cards
 
@@ -38,11 +42,21 @@ _OVERLAP = timedelta(days=7)
 _DAY = timedelta(days=1)
 _TRIES = 5
 _TIMEOUT = 60
-_HF_PAGE = 50
+_HF_PAGE, _HF_PAGES = 50, 100
+# What SQLAlchemy and the driver below it make of values that a column cannot hold.
+_REFUSED = (DataError, IntegrityError, OverflowError)
+# Days refused one after another are the source's, not theirs.
+_REFUSED_IN_A_ROW = 3
+# Clocks go wrong by days.
+_AHEAD = timedelta(days=60)
 # Of whichever HTTP library the Hub's client uses.
 _HUB_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
+_NAMED = {"User-Agent": f"paperworks/{__version__}"}
 _IDS_AT_ONCE = 100
 _NUMBER = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v(\d+))?(?:\.pdf)?")
+_DATE = re.compile(rb"<(published|updated)>([^<]*)</\1>")
+_NO_DATE = b"<%b>0001-01-01T00:00:00Z</%b>"
+_FIRST_YEAR = 1980
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.|export\.)?(?:arxiv\.org/(?:abs|pdf|html)/|(?:huggingface\.co|hf\.co)/papers/)([^?#]+?)/?(?:[?#].*)?",
     re.IGNORECASE,
@@ -53,6 +67,26 @@ class SourceError(PaperworksError):
     """A source of papers does not answer as it should."""
 
 
+class RefusedError(SourceError):
+    """A source refuses a request, and would do so again."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a source told.
+
+    Attributes:
+        entries: The papers.
+        odd: What is no paper to take in, a sentence each.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    odd: tuple[str, ...] = ()
+
+    def __add__(self, other: Told) -> Told:
+        return Told(self.entries + other.entries, self.odd + other.odd)
+
+
 @dataclass(frozen=True)
 class Ingested:
     """What an ingest brought.
@@ -61,21 +95,44 @@ class Ingested:
         read: How many papers the source told of.
         new: How many of them the index did not hold.
         updated: How many it held otherwise.
+        left_out: What the source told that is no paper, and days that it refused, a sentence each.
     """
 
     read: int
     new: int
     updated: int
+    left_out: tuple[str, ...] = ()
 
     def __add__(self, other: Ingested) -> Ingested:
-        return Ingested(self.read + other.read, self.new + other.new, self.updated + other.updated)
+        return Ingested(
+            self.read + other.read,
+            self.new + other.new,
+            self.updated + other.updated,
+            self.left_out + other.left_out,
+        )
 
 
 class _Timely(HTTPAdapter):
     """Gives a request up that nobody answers."""
 
+    def __init__(self, timeout: float | None) -> None:
+        super().__init__()
+        self._timeout = timeout
+
     def send(self, *args: Any, **options: Any) -> requests.Response:
-        return super().send(*args, **{**options, "timeout": _TIMEOUT})
+        response = super().send(*args, **{**options, "timeout": self._timeout or _TIMEOUT})
+        # One date that is none would fail its whole page.
+        response._content = _DATE.sub(
+            lambda date: date[0] if _is_time(date[2]) else _NO_DATE % (date[1], date[1]), response.content
+        )
+        return response
+
+
+def _is_time(text: bytes) -> bool:
+    try:
+        return bool(datetime.fromisoformat(text.decode().strip()).astimezone(UTC))
+    except (ValueError, OverflowError):
+        return False
 
 
 class Arxiv:
@@ -88,6 +145,7 @@ class Arxiv:
         delay: Seconds between two requests.
         page_size: Papers a request, at most 2,000.
         tries: How often to ask before giving up.
+        timeout: Seconds to wait for an answer, a minute by default.
     """
 
     def __init__(
@@ -97,15 +155,16 @@ class Arxiv:
         delay: float = 3.0,
         page_size: int = 200,
         tries: int = _TRIES,
+        timeout: float | None = None,
     ) -> None:
         self._client = arxiv.Client(page_size=page_size, delay_seconds=delay, num_retries=0)
         self._client.query_url_format = url + "?{}"
         for scheme in ("http://", "https://"):
-            self._client._session.mount(scheme, _Timely())
+            self._client._session.mount(scheme, _Timely(timeout))
         self._delay, self._tries = delay, tries
         self._lock = threading.Lock()
 
-    def submitted(self, category: str, since: datetime, until: datetime) -> list[Entry]:
+    def submitted(self, category: str, since: datetime, until: datetime) -> Told:
         """Papers of a category submitted from one time to another, to the minute."""
         span = f"[{since:%Y%m%d%H%M} TO {until:%Y%m%d%H%M}]"
         search = arxiv.Search(
@@ -119,7 +178,7 @@ class Arxiv:
 
         return self._ask(results)
 
-    def revised(self, category: str, since: datetime) -> list[Entry]:
+    def revised(self, category: str, since: datetime) -> Told:
         """Papers of a category submitted or revised since, newest first."""
         search = arxiv.Search(
             f"cat:{category}", max_results=None,
@@ -129,27 +188,29 @@ class Arxiv:
         def until_older() -> list[arxiv.Result]:
             taken = []
             for result in self._client.results(search):
-                if result.updated < since:
+                if result.updated.year >= _FIRST_YEAR and result.updated < since:
                     break
                 taken.append(result)
             return taken
 
         return self._ask(until_older)
 
-    def papers(self, numbers: list[str]) -> list[Entry]:
+    def papers(self, numbers: list[str]) -> Told:
         """The newest versions of these papers, as far as arXiv has them."""
         search = arxiv.Search(id_list=numbers, max_results=len(numbers))
         return self._ask(lambda: list(self._client.results(search)))
 
-    def _ask(self, results: Callable[[], list[arxiv.Result]]) -> list[Entry]:
-        def asked() -> list[Entry]:
+    def _ask(self, results: Callable[[], list[arxiv.Result]]) -> Told:
+        def asked() -> Told:
             try:
                 with self._lock:
-                    return [_of_arxiv(result) for result in results()]
+                    found = results()
             except arxiv.HTTPError as error:
                 raise _Failure(f"HTTP {error.status}", for_good=_for_good(error.status)) from error
-            except (arxiv.ArxivError, requests.RequestException) as error:
+            # A date that is none fails its whole page.
+            except (arxiv.ArxivError, requests.RequestException, ValueError, OverflowError) as error:
                 raise _Failure(str(error)) from error
+            return _sound(found, _of_arxiv, "arXiv", lambda result: result.entry_id)
 
         return _retried(asked, "arXiv", self._delay, self._tries)
 
@@ -163,29 +224,36 @@ class DailyPapers:
     """
 
     def __init__(self, url: str | None = None, *, delay: float = 1.0) -> None:
-        self._api = HfApi(endpoint=url)
+        self._url = f"{HfApi(endpoint=url).endpoint}/api/daily_papers"
         self._delay = delay
 
-    def of_day(self, day: datetime) -> list[Entry]:
+    def of_day(self, day: datetime) -> Told:
         """The papers of a day."""
-        entries: list[Entry] = []
-        for page in range(100):
+        told = Told()
+        for page in range(_HF_PAGES):
             found = _retried(lambda page=page: self._page(day, page), "Hugging Face", self._delay, _TRIES)  # type: ignore[misc]
-            entries += map(_of_daily, found)
+            told += _sound(found, _of_daily, "Hugging Face", _daily_name)
             time.sleep(self._delay)
             if len(found) < _HF_PAGE:
                 break
-        return entries
+        return told
 
-    def _page(self, day: datetime, page: int) -> list[PaperInfo]:
+    def _page(self, day: datetime, page: int) -> list[Any]:
+        # As they come, for the Hub's client fails a whole page with one record that it does not understand.
+        asked: dict[str, str | int] = {"date": f"{day:%Y-%m-%d}", "p": page, "limit": _HF_PAGE}
         try:
             with _patience():
-                return list(self._api.list_daily_papers(date=f"{day:%Y-%m-%d}", p=page, limit=_HF_PAGE, token=False))
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            raise _Failure(f"HTTP {status}", for_good=_for_good(status)) from error
+                answer = get_session().get(self._url, params=asked, headers=_NAMED)
+            if answer.status_code >= 300:
+                raise _Failure(f"HTTP {answer.status_code}", for_good=_for_good(answer.status_code))
+            found = answer.json()
         except _HUB_ERROR as error:
             raise _Failure(str(error) or type(error).__name__) from error
+        except ValueError as error:
+            raise _Failure("its answer is no JSON") from error
+        if not isinstance(found, list):
+            raise _Failure(f"its answer is no list of papers: {str(found)[:100]}")
+        return found
 
 
 @contextmanager
@@ -235,8 +303,7 @@ def ingest_arxiv(
     with store.reading() as session:
         revised = session.get_one(IngestRow, name).revised
     if revised is not None:
-        entries = api.revised(category, datetime.fromtimestamp(revised, UTC) - _OVERLAP)
-        days += _taken(len(entries), index.add(entries))
+        days += _take(index, api.revised(category, datetime.fromtimestamp(revised, UTC) - _OVERLAP))
     with store.writing() as session:
         session.get_one(IngestRow, name).revised = began.timestamp()
     return days
@@ -288,9 +355,18 @@ def ingest_cards(index: Index, *, abstracts: bool = False, source: Arxiv | None 
     numbers = [card.arxiv for card in cards if card.arxiv] if abstracts else []
     api = source or Arxiv()
     for start in range(0, len(numbers), _IDS_AT_ONCE):
-        entries = api.papers(numbers[start : start + _IDS_AT_ONCE])
-        done += _taken(len(entries), index.add(entries))
+        done += _take(index, api.papers(numbers[start : start + _IDS_AT_ONCE]))
     return done
+
+
+def known(index: Index, address: str) -> Entry | None:
+    """The paper of this arXiv number or address where the index holds what arXiv tells of it, else None.
+
+    Raises:
+        UsageError: The address names no paper.
+    """
+    entry = index.get(arxiv_number(address))
+    return entry if entry is not None and entry.source == "arxiv" else None
 
 
 def submit(index: Index, address: str, *, source: Arxiv | None = None) -> Entry:
@@ -308,23 +384,24 @@ def submit(index: Index, address: str, *, source: Arxiv | None = None) -> Entry:
         UsageError: The address names no paper, or arXiv has none of this number.
         SourceError: arXiv does not answer, or not as it should.
     """
+    if (held := known(index, address)) is not None:
+        return held
     number = arxiv_number(address)
-    known = index.get(number)
-    if known is not None and known.source == "arxiv":
-        return known
-    entries = (source or _shared_arxiv()).papers([number])
-    if not entries:
+    told = (source or _shared_arxiv()).papers([number])
+    if told.odd:
+        raise SourceError(told.odd[0])
+    if not told.entries:
         raise UsageError(f"arXiv has no paper {number}")
-    index.add(entries)
-    held = index.get(entries[0].key)
+    index.add(told.entries)
+    held = index.get(told.entries[0].key)
     assert held is not None
     return held
 
 
 @cache
 def _shared_arxiv() -> Arxiv:
-    # A reader waits for the answer.
-    return Arxiv(tries=2)
+    # A reader waits for the answer, and others behind.
+    return Arxiv(tries=2, timeout=10)
 
 
 def arxiv_number(address: str) -> str:
@@ -351,20 +428,33 @@ def _read_by_day(
     name: str,
     since: datetime | None,
     until: datetime,
-    read: Callable[[datetime, datetime], list[Entry]],
+    read: Callable[[datetime, datetime], Told],
     progress: Progress | None,
 ) -> Ingested:
     start = _begin(store, name, since, until)
     days = list(_days(start, until))
     done = Ingested(0, 0, 0)
+    refused: list[SourceError] = []
     for number, (first, last) in enumerate(days):
         if progress:
             progress(number, len(days))
-        entries = read(first, last)
-        done += _taken(len(entries), index.add(entries))
+        try:
+            told = read(first, last)
+        except RefusedError as error:
+            # A day that is refused for good would stop every later ingest too. It is passed over once the source has
+            # answered for another; a source that refuses everything is asked again next time.
+            refused.append(error)
+            done += Ingested(0, 0, 0, (f"{first:%Y-%m-%d}: {error}",))
+            if len(refused) == _REFUSED_IN_A_ROW:
+                raise
+            continue
+        refused.clear()
+        done += _take(index, told)
         with store.writing() as session:
             row = session.get_one(IngestRow, name)
             row.reached = max(row.reached, last.timestamp())
+    if refused:
+        raise refused[0]
     if progress:
         progress(len(days), len(days))
     return done
@@ -396,8 +486,25 @@ def _days(start: datetime, until: datetime) -> Iterator[tuple[datetime, datetime
         start = end
 
 
-def _taken(read: int, added: Added) -> Ingested:
-    return Ingested(read, added.new, added.updated)
+def _take(index: Index, told: Told) -> Ingested:
+    """Take what was told into the index; what the store refuses is left out, and the rest goes on."""
+    try:
+        added = index.add(told.entries)
+        return Ingested(len(told.entries), added.new, added.updated, told.odd)
+    except _REFUSED:
+        done = Ingested(0, 0, 0, told.odd)
+    for entry in told.entries:
+        try:
+            added = index.add([entry])
+            done += Ingested(1, added.new, added.updated)
+        except _REFUSED as error:
+            reason = _in_short(getattr(error, "orig", error))
+            done += Ingested(1, 0, 0, (f"{entry.key} is left out, for the store refuses it: {reason}",))
+    return done
+
+
+def _in_short(error: object) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
 
 
 class _Failure(Exception):
@@ -418,20 +525,62 @@ def _retried(ask: Callable[[], T], source: str, delay: float, tries: int) -> T:
             return ask()
         except _Failure as failure:
             if failure.for_good:
-                raise SourceError(f"{source} refuses the request ({failure})") from failure
+                raise RefusedError(f"{source} refuses the request ({failure})") from failure
             time.sleep(wait)
     try:
         return ask()
     except _Failure as failure:
+        if failure.for_good:
+            raise RefusedError(f"{source} refuses the request ({failure})") from failure
         raise SourceError(
             f"{source} does not answer ({failure}); what was read is kept, and the same command goes on from there"
         ) from failure
 
 
+def _sound(records: Iterable[T], make: Callable[[T], Entry], source: str, name: Callable[[T], object]) -> Told:
+    """The papers that records tell of; one that cannot be made sense of stops none of the others."""
+    entries: list[Entry] = []
+    odd: list[str] = []
+    for record in records:
+        try:
+            entries.append(_checked(make(record)))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            odd.append(f"{source} tells of {str(name(record))[:100]!r}, which is left out: {_in_short(error)}")
+    return Told(entries, tuple(odd))
+
+
+def _checked(entry: Entry) -> Entry:
+    """A paper that every store can hold and every page can show.
+
+    Raises:
+        ValueError: It is none.
+    """
+    labels = (*entry.tags, *entry.categories)
+    for what, length, most in (
+        ("title", len(entry.title), 2_000),
+        ("abstract", len(entry.abstract), 50_000),
+        ("list of authors", sum(map(len, entry.authors)), 500_000),
+        ("list of labels", sum(map(len, labels)), 20_000),
+        ("longest label", max(map(len, labels), default=0), 200),
+    ):
+        if length > most:
+            raise ValueError(f"its {what} has {length:,} characters, and no paper's has more than {most:,}")
+    for what, number in (("upvotes", entry.upvotes), ("version", entry.version)):
+        if not (isinstance(number, int) and 0 <= number < 2**31):
+            raise ValueError(f"its {what} is {str(number)[:20]!r}, which is no number of such")
+    if entry.published.year < _FIRST_YEAR:
+        raise ValueError("it has no date of publication, or one that is none")
+    if entry.published > datetime.now(UTC) + _AHEAD:
+        raise ValueError(
+            f"it was published on {entry.published:%Y-%m-%d}, which is far ahead, and would lead every list"
+        )
+    return entry
+
+
 def _of_arxiv(result: arxiv.Result) -> Entry:
     number = _NUMBER.fullmatch(result.get_short_id())
     if number is None:
-        raise SourceError(f"arXiv names a paper {result.entry_id!r}, which holds no arXiv number")
+        raise ValueError("it has no arXiv number")
     return Entry(
         key=number[1], version=int(number[2] or 1), title=result.title, abstract=result.summary,
         authors=tuple(author.name for author in result.authors), categories=tuple(result.categories),
@@ -439,7 +588,15 @@ def _of_arxiv(result: arxiv.Result) -> Entry:
     )  # fmt: skip
 
 
-def _of_daily(paper: PaperInfo) -> Entry:
+def _daily_name(record: Any) -> object:
+    """By what a record of the daily papers is known, whatever else is odd about it."""
+    paper = record.get("paper") if isinstance(record, dict) else None
+    return (paper.get("id") if isinstance(paper, dict) else None) or record
+
+
+def _of_daily(record: dict[str, Any]) -> Entry:
+    # The client takes what it is given apart.
+    paper = PaperInfo(**deepcopy(record))
     told: dict[str, Any] = {"published": paper.published_at or paper.submitted_at or datetime.now(UTC)}
     return Entry(
         key=paper.id, version=1, title=paper.title or paper.id, abstract=paper.summary or "",

@@ -65,7 +65,7 @@ class Mail:
 
     def __post_init__(self) -> None:
         for line in (self.subject, *self.headers, *self.headers.values()):
-            if any(ord(character) < 32 for character in line):
+            if any(ord(character) < 32 for character in line) or line.splitlines() not in ([], [line]):
                 raise ValueError(f"subject and headers of a mail are single lines, not {line!r}")
 
 
@@ -80,7 +80,8 @@ def address(email: str) -> str:
         'ada@example.org'
     """
     kept = email.strip().lower()
-    if len(kept) > _LONGEST_ADDRESS or ".." in kept or not _ADDRESS.fullmatch(kept):
+    # Other letters become these in lower case: the Kelvin sign a k.
+    if not email.strip().isascii() or len(kept) > _LONGEST_ADDRESS or ".." in kept or not _ADDRESS.fullmatch(kept):
         shown = kept[:80]
         raise UsageError(f"{shown!r} is no e-mail address; give one such as ada@example.org, without a name around it")
     return kept
@@ -294,7 +295,11 @@ async def _connect(client: aiosmtplib.SMTP, server: _Server) -> None:
 
 async def _handed_over(client: aiosmtplib.SMTP, sender: str, mail: MailRow) -> tuple[str, str | None]:
     """How a mail stands after an attempt: sent, waiting or failed, and why."""
-    content = _message(sender, mail).as_bytes()
+    try:
+        content = _message(sender, mail).as_bytes()
+    except ValueError as error:
+        # One that cannot be written does not keep the others.
+        return "failed", f"it cannot be written as a mail: {error}"
     try:
         try:
             await client.mail(sender)

@@ -121,9 +121,7 @@ def spans(measurements: Sequence[Measurement]) -> list[Span | None]:
         return round(4 + 92 * (math.log(value) - left) / width, 2)
 
     return [
-        Span(place(m.ends[0]), place(m.value), place(m.ends[1]), place(1.0), standing(m))
-        if m in drawn
-        else None
+        Span(place(m.ends[0]), place(m.value), place(m.ends[1]), place(1.0), standing(m)) if m in drawn else None
         for m in measurements
     ]
 

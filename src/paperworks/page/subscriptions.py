@@ -73,15 +73,28 @@ class Subscriptions:
         self._outbox = Outbox(store)
 
     def subscribe(
-        self, email: str, *, query: str | None = None, tag: str | None = None, frequency: str = "weekly"
-    ) -> None:
+        self,
+        email: str,
+        *,
+        query: str | None = None,
+        tag: str | None = None,
+        frequency: str = "weekly",
+        owned: bool = False,
+    ) -> Subscription | None:
         """Mail a link that begins a subscription; the answer is the same whether or not there is one already.
+
+        The mail may come to a stranger, so that it holds nothing of the search. It is shown where the link leads.
 
         Args:
             email: Where digests go.
             query: Papers that a search finds.
             tag: Papers with this tag or arXiv category; without query and tag all papers.
             frequency: daily or weekly.
+            owned: Whether who asks has shown already that the address is theirs; then it begins at once, whatever
+                others have asked for.
+
+        Returns:
+            The subscription where it has begun; None where a mail asks first.
 
         Raises:
             UsageError: The address is none, the search has no word to search for, query or tag is too long, or there
@@ -99,24 +112,36 @@ class Subscriptions:
             session.execute(
                 delete(SubscriptionRow).where(open_ones, SubscriptionRow.asked < now - CONFIRMATION_SECONDS)
             )
-            today = (open_ones, SubscriptionRow.email == email, SubscriptionRow.asked > now - 86400)
-            if (session.scalar(select(func.count()).where(*today)) or 0) >= _OPEN_A_DAY:
-                return
             row = SubscriptionRow(
                 email=email, query=query, tag=tag, frequency=frequency, confirmation_hash=hashed(token),
                 farewell=new_token(), asked=now, digested=now, told_until=now,
             )  # fmt: skip
+            if owned:
+                session.add(row)
+                session.flush()
+                return of_row(_begun(session, row, now))
+            today = (open_ones, SubscriptionRow.email == email, SubscriptionRow.asked > now - 86400)
+            if (session.scalar(select(func.count()).where(*today)) or 0) >= _OPEN_A_DAY:
+                return None
             session.add(row)
-            session.flush()
-            wanted = of_row(row).subject
             mail = letter(
                 "Confirm your subscription at Paperworks",
-                paragraphs=[f"Someone, probably you, wants a {frequency} digest of {wanted} at this address."],
+                paragraphs=[f"Someone, probably you, wants a {frequency} digest of papers at this address."],
                 link=f"{self._base_url}/confirm/{token}",
-                label="Confirm the subscription",
+                label="See what it is for, and confirm it",
                 small="If it was not you, do nothing: without the link no digest is sent.",
             )
             self._outbox.put(email, mail, useful_for=CONFIRMATION_SECONDS, session=session)
+        return None
+
+    def asked(self, token: str) -> Subscription:
+        """The subscription that a mailed link is for, which leaves it as it is.
+
+        Raises:
+            UsageError: The link is too old or none, or the subscription has ended.
+        """
+        with self._store.reading() as session:
+            return of_row(_asked(session, token, time.time()))
 
     def confirm(self, token: str) -> Subscription:
         """Begin the subscription that a mailed link is for; opening the link again changes nothing.
@@ -128,9 +153,7 @@ class Subscriptions:
         """
         now = time.time()
         with self._store.writing(alone=True) as session:
-            row = session.scalar(select(SubscriptionRow).where(SubscriptionRow.confirmation_hash == hashed(token)))
-            if row is None or (row.confirmed is None and row.asked <= now - CONFIRMATION_SECONDS):
-                raise UsageError("this link confirms no subscription, or no longer; subscribe again")
+            row = _asked(session, token, now)
             if row.confirmed is None:
                 row = _begun(session, row, now)
             return of_row(row)
@@ -160,6 +183,13 @@ def of_row(row: SubscriptionRow) -> Subscription:
     return Subscription(
         row.id, row.email, row.query or None, row.tag or None, row.frequency, row.digested, row.told_until, row.farewell
     )
+
+
+def _asked(session: Session, token: str, now: float) -> SubscriptionRow:
+    row = session.scalar(select(SubscriptionRow).where(SubscriptionRow.confirmation_hash == hashed(token)))
+    if row is None or (row.confirmed is None and row.asked <= now - CONFIRMATION_SECONDS):
+        raise UsageError("this link confirms no subscription, or no longer; subscribe again")
+    return row
 
 
 def _begun(session: Session, row: SubscriptionRow, now: float) -> SubscriptionRow:

@@ -104,14 +104,28 @@ class SessionRow(Base):
 
 
 class LoginLinkRow(Base):
-    """A link that was mailed and logs in once, and the hash of the password it sets where one was chosen."""
+    """A link that was mailed and is good once; `kind` is what it does: login, register or reset.
+
+    One that a newer one has replaced is kept until it expires, so that mails can be counted.
+    """
 
     __tablename__ = "login_links"
 
     token_hash: Mapped[str] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(index=True)
-    password: Mapped[str | None]
+    kind: Mapped[str]
+    replaced: Mapped[bool]
     expires: Mapped[float] = mapped_column(index=True)
+
+
+class GuessRow(Base):
+    """How many guesses at a password remained at a time (seconds since 1970 UTC); `key` is a hash of whose and where."""
+
+    __tablename__ = "guesses"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    remaining: Mapped[float]
+    at: Mapped[float] = mapped_column(index=True)
 
 
 class VoteRow(Base):

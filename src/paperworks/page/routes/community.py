@@ -6,17 +6,19 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Form, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, Response
 
 from paperworks.errors import UsageError
 from paperworks.page import ingest, votes
 from paperworks.page.rendering import paper_path, respond, wants_json
 from paperworks.page.routes.papers import entry_of
-from paperworks.page.safety import SignedIn
+from paperworks.page.safety import Reader, SignedIn
 
 router = APIRouter(tags=["community"])
 
-Email = Annotated[str, Form(min_length=3, max_length=254)]
+# What is no address, or none at all, is said in the form itself.
+Email = Annotated[str, Form()]
 Short = Annotated[str, Form(max_length=300)]
 Frequency = Literal["weekly", "daily"]
 
@@ -54,13 +56,15 @@ def submit_form(request: Request, user: SignedIn) -> Response:
 
 
 @router.post("/submit", summary="Submit a paper")
-def submit(request: Request, user: SignedIn, address: Annotated[str, Form(max_length=300)]) -> Response:
-    """Take in a paper by its arXiv number or address."""
+async def submit(request: Request, user: SignedIn, address: Annotated[str, Form(max_length=300)]) -> Response:
+    """Take in a paper by its arXiv number or address; one at a time, and a few within a minute."""
     try:
-        entry = ingest.submit(request.app.state.index, address)
+        entry = await request.app.state.submissions.submit(user.id, address)
     except (UsageError, ingest.SourceError) as error:
         status = 400 if isinstance(error, UsageError) else 502
-        return respond(request, "submit.html", {"error": str(error), "address": address}, status=status)
+        return await run_in_threadpool(
+            respond, request, "submit.html", {"error": str(error), "address": address}, status=status
+        )
     if wants_json(request):
         return respond(request, "", {"key": entry.key, "title": entry.title}, status=201)
     return RedirectResponse(paper_path(entry), 303)
@@ -80,19 +84,26 @@ def subscribe_form(
 @router.post("/subscribe", summary="Subscribe to a digest")
 def subscribe(
     request: Request,
-    email: Email,
+    reader: Reader,
+    email: Email = "",
     query: Short = "",
     tag: Short = "",
     frequency: Annotated[Frequency, Form()] = "weekly",
 ) -> Response:
-    """Ask for a digest by mail; it begins when the link in the mail that comes is followed."""
+    """Ask for a digest by mail; it begins when the link in the mail that comes is followed.
+
+    Who is logged in with a confirmed address has shown that it is theirs, and needs no mail to show it again.
+    """
+    owned = reader is not None and reader.confirmed and reader.email == email.strip().lower()
     try:
-        request.app.state.subscriptions.subscribe(
-            email.strip(), query=query.strip() or None, tag=tag.strip() or None, frequency=frequency
+        begun = request.app.state.subscriptions.subscribe(
+            email.strip(), query=query.strip() or None, tag=tag.strip() or None, frequency=frequency, owned=owned
         )
     except UsageError as error:
         data = {"query": query, "tag": tag, "email": email, "frequency": frequency, "error": str(error)}
         return respond(request, "subscribe.html", data, status=400)
+    if begun is not None:
+        return _subscribed(request)
     told = "A mail is on its way. The digest begins when you follow the link in it."
     return respond(request, "message.html", {"title": "Look into your mail", "message": told})
 
@@ -100,14 +111,19 @@ def subscribe(
 @router.get("/confirm/{token}", summary="Ask whether to begin a digest")
 def confirm_form(request: Request, token: str) -> Response:
     """A mail program that looks at links ahead confirms nothing."""
-    data = {"title": "Begin the digest?", "action": "Confirm", "message": "You asked for a digest by mail."}
-    return respond(request, "ask.html", data)
+    asked = request.app.state.subscriptions.asked(token)
+    told = f"A {asked.frequency} digest of {asked.subject} goes to {asked.email}."
+    return respond(request, "ask.html", {"title": "Begin the digest?", "action": "Confirm", "message": told})
 
 
 @router.post("/confirm/{token}", summary="Begin a digest")
 def confirm(request: Request, token: str) -> Response:
     """Begin the digest that a mail asked about."""
     request.app.state.subscriptions.confirm(token)
+    return _subscribed(request)
+
+
+def _subscribed(request: Request) -> Response:
     told = "The next digest comes to you by mail. Each has a link that ends it."
     return respond(request, "message.html", {"title": "You are subscribed", "message": told})
 

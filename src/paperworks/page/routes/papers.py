@@ -163,8 +163,13 @@ def _said(query: str) -> str:
 
 
 @router.get("/feed.atom", summary="Atom feed of a search")
-def feed(request: Request, filters: Filters, q: Words = "") -> Response:
+async def feed(request: Request, filters: Filters, q: Words = "") -> Response:
     """What a search finds, newest first, for feed readers."""
+    async with request.app.state.crowd.turn():
+        return await run_in_threadpool(_feed, request, filters, q)
+
+
+def _feed(request: Request, filters: dict[str, Any], q: str) -> Response:
     found = request.app.state.index.search(_said(q), **filters, limit=_FEED, meaning=False)
     newest = sorted((hit.entry for hit in found.hits), key=lambda entry: entry.published, reverse=True)
     entries = [replace(entry, url=outward(entry.url)) for entry in newest]

@@ -127,7 +127,7 @@ async def events(request: Request, run: Known) -> AsyncIterator[ServerSentEvent]
     """Server-sent events: `run` with how it stands, as HTML, whenever that has changed, and `end` when it is over."""
     runner: Runner = request.app.state.runner
     async for now in runner.events(run.id):
-        html = await asyncio.to_thread(lambda now=now: render("_run.html", request, **_view(for_visitors(now))))
+        html = await asyncio.to_thread(_standing, request, now)
         yield ServerSentEvent(event="run", raw_data=html)
         run = now
     yield ServerSentEvent(event="end", raw_data=run.status)
@@ -163,6 +163,10 @@ def file(request: Request, run: Known, name: str) -> Response:
     if path.suffix == ".png":
         return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+
+def _standing(request: Request, run: Run) -> str:
+    return render("_run.html", request, **_view(for_visitors(run)))
 
 
 def _view(run: Run) -> dict[str, Any]:

@@ -23,4 +23,8 @@ if (view) {
     events.close();
     location.reload();
   });
+  // Where too many watch, the browser does not try again by itself.
+  events.addEventListener("error", () => {
+    if (events.readyState === EventSource.CLOSED) setTimeout(() => location.reload(), 15000);
+  });
 }
