@@ -1,4 +1,4 @@
-"""What every room's tests share: no test touches the user's own folders, and databases to test against."""
+"""What every room's tests share: an empty registry, and databases to test against."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of these tests."""
     config.addinivalue_line("markers", "ray: starts Ray on this machine")
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store and the user's data folder lie in the test's own folder."""
-    monkeypatch.setenv("PAPERWORKS_STORE", f"sqlite:///{tmp_path}/runs.db")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 @pytest.fixture

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 
+from paperworks import cli
 from paperworks.lab import Run, execute, recipe
 from paperworks.lab import display as module
 from paperworks.lab.display import Display
@@ -184,3 +190,33 @@ def test_a_run_shows_bars_on_a_terminal(coin, tmp_path, on_terminal, shown):
     terminal = on_terminal(Terminal())
     assert execute(coin, store=tmp_path / "runs.db", show_progress=shown).status == "finished"
     assert ("tossing" in terminal.getvalue()) is shown and "begins" not in terminal.getvalue()
+
+
+def test_the_command_writes_its_progress_into_a_file_and_json_alone_to_its_output(tmp_path):
+    program = [sys.executable, "-c", "from paperworks.cli import main; main()"]
+    command = [*program, "run", "superposed-decoding", "--scale", "tiny", "--json"]
+    with (tmp_path / "log").open("w") as file:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert done.returncode == 0 and json.loads(done.stdout)["status"] == "finished"
+    assert lines[0] == "superposed-decoding: begins"
+    assert re.fullmatch(r"superposed-decoding: ended after [\w ]+", lines[-1])
+    # Bars and warnings of libraries have no place among them.
+    assert all(line.startswith("superposed-decoding: ") for line in lines)
+    pieces = [re.sub(r"\d+", "0", line.partition(": ")[2]) for line in lines]
+    assert "timing in turn: begins, 0 of 0" in pieces
+
+
+def test_libraries_are_silent_under_the_command():
+    code = (
+        "import sys; sys.argv = ['paperworks', '--version']\nfrom paperworks import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "from transformers.utils import logging\nfrom huggingface_hub.utils import logging as hub, are_progress_bars_disabled\n"
+        "from tqdm.auto import tqdm\n"
+        "print(logging.is_progress_bar_enabled(), logging.get_verbosity(), hub.get_verbosity(), are_progress_bars_disabled())\n"
+        "print(list(tqdm([1, 2])))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in cli._SILENT}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[1:] == [f"False {logging.ERROR} {logging.ERROR} True", "[1, 2]"]
+    assert done.stderr == ""

@@ -1,9 +1,11 @@
+import asyncio
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from enum import Enum
 
@@ -125,19 +127,171 @@ def test_a_usage_error_in_a_recipe_keeps_its_sentence_and_exit_status(registry, 
     assert run.exception.exit_status == 2
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_run_that_the_user_stops_is_interrupted_and_keeps_what_it_had(registry, store, stop):
+def test_a_run_that_the_user_stops_is_interrupted_and_keeps_what_it_had(registry, store):
     @recipe(paper="long")
     def long(run: Run) -> None:
         with run.progress(10, "waiting"):
             run.record("steps", 3, better="higher")
-            raise stop
+            raise KeyboardInterrupt
 
-    with pytest.raises(stop):
+    with pytest.raises(KeyboardInterrupt):
         execute(long, store=store)
     [back] = store.runs()
     assert (back.status, back.error) == ("interrupted", "stopped by the user")
     assert [m.value for m in back.measurements] == [3] and back.bars == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [((), ""), ((0,), "0"), ((3,), "3"), (("the data are gone",), "'the data are gone'")]
+)
+def test_a_recipe_that_leaves_by_sys_exit_has_failed_and_its_code_is_told(registry, store, code, told):
+    @recipe(paper="door")
+    def door(run: Run) -> None:
+        run.record("steps", 3, better="higher")
+        sys.exit(*code)
+
+    run = execute(door, store=store)
+    back = store.run(run.id)
+    assert run.status == back.status == "failed"
+    assert run.error == back.error == f"the recipe left by sys.exit({told}) before its end"
+    assert "in door" in back.traceback and [m.value for m in back.measurements] == [3]
+
+
+def test_what_no_handler_of_errors_catches_fails_the_run_and_goes_on(registry, store):
+    @recipe(paper="task")
+    def task(run: Run) -> None:
+        raise asyncio.CancelledError("no time")
+
+    with pytest.raises(asyncio.CancelledError):
+        execute(task, store=store)
+    [back] = store.runs()
+    assert (back.status, back.error) == ("failed", "CancelledError: no time")
+
+
+def test_a_run_takes_place_once(coin, store):
+    run = execute(coin, store=store, run_id="20261127-000000-abcd", show_progress=False)
+    kept = store.run(run.id)
+    with pytest.raises(UsageError, match="run 20261127-000000-abcd is finished already"):
+        execute(coin, store=store, run_id=run.id, parameters={"flips": 2})
+    back = store.run(run.id)
+    assert (back.status, back.parameters) == ("finished", kept.parameters)
+    assert back.measurements == kept.measurements and back.logs == kept.logs
+
+
+def test_a_run_that_is_under_way_is_not_begun_again(registry, store):
+    @recipe(paper="twins")
+    def twins(run: Run, first: bool = True) -> None:
+        run.record("steps", 1, better="higher")
+        if first:
+            execute("twins", store=store, run_id=run.id, parameters={"first": False})
+
+    run = execute(twins, store=store)
+    assert run.status == "failed" and "is under way already" in run.error
+    assert [m.value for m in store.run(run.id).measurements] == [1]
+
+
+def test_a_run_begins_with_its_environment_so_that_no_other_begins_it_meanwhile(coin, store, monkeypatch):
+    begun, begin = [], Store.begin
+    monkeypatch.setattr(
+        Store, "begin", lambda self, run: (begin(self, run), begun.append(self.run(run.id).environment))
+    )
+    execute(coin, store=store, scale="tiny")
+    assert begun[0]["cores"] >= 1
+
+
+def test_an_announced_run_is_taken_over(coin, store):
+    store.begin(Run("coin", id="announced"))
+    run = execute(coin, store=store, run_id="announced", scale="tiny", parameters={"side": "tails"})
+    check(run, store, 2)
+
+
+def test_a_run_outside_the_main_thread_finishes(coin, tmp_path):
+    ran = []
+    thread = threading.Thread(target=lambda: ran.append(execute(coin, scale="tiny", store=tmp_path / "runs.db")))
+    thread.start()
+    thread.join()
+    assert ran[0].status == "finished", ran[0].traceback
+
+
+def signalled(number: int) -> None:
+    """Send this process a signal, and wait until its handler has run."""
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGINT, "stopped by the user"),
+        (signal.SIGTERM, "stopped by SIGTERM"),
+        (signal.SIGHUP, "stopped by SIGHUP"),
+    ],
+)
+@pytest.mark.parametrize("sour", [False, True])
+def test_a_signal_interrupts_the_run(registry, store, number, told, sour):
+    @recipe(paper="long")
+    def long(run: Run) -> None:
+        run.record("steps", 3, better="higher")
+        try:
+            signalled(number)
+        except KeyboardInterrupt:
+            if sour:
+                # As libraries do that are stopped while they load.
+                raise ImportError("could not import the rest") from None
+            raise
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        execute(long, store=store)
+    [back] = store.runs()
+    assert (back.status, back.error) == ("interrupted", told)
+    assert [m.value for m in back.measurements] == [3]
+    assert signal.getsignal(number) is before
+
+
+def test_a_handler_of_the_users_own_keeps_its_say(registry, store, monkeypatch):
+    @recipe(paper="long")
+    def long(run: Run) -> None:
+        signalled(signal.SIGTERM)
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            execute(long, store=store)
+        assert signal.getsignal(signal.SIGTERM) is leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    [back] = store.runs()
+    assert (back.status, back.error) == ("interrupted", "stopped by SIGTERM")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(registry, store):
+    @recipe(paper="deaf")
+    def deaf(run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert execute(deaf, store=store).status == "finished"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_ends_a_run_that_does_not_hear(store_url, tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER.replace(ASLEEP, DEAF))
+    with subprocess.Popen([sys.executable, str(script), store_url], stdout=subprocess.PIPE, text=True) as sleeper:
+        assert sleeper.stdout.readline() == "recorded\n"
+        sleeper.send_signal(signal.SIGTERM)
+        assert sleeper.stdout.readline() == "not now\n"
+        sleeper.send_signal(signal.SIGTERM)
+        assert sleeper.wait(60) == -signal.SIGTERM
+    with Store(store_url) as store:
+        assert store.runs()[0].status == "interrupted"
 
 
 SLEEPER = """
@@ -151,6 +305,16 @@ def sleeper(run: Run) -> None:
     time.sleep(600)
 
 execute(sleeper, store=sys.argv[1])
+"""
+ASLEEP = """    print("recorded", flush=True)
+    time.sleep(600)
+"""
+DEAF = """    try:
+        print("recorded", flush=True)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        print("not now", flush=True)
+        time.sleep(600)
 """
 
 
@@ -279,6 +443,20 @@ def test_a_run_that_fails_on_ray_keeps_what_it_had_and_why(one_ray, registry, tm
     run = execute(cliff, store=tmp_path / "runs.db", on="ray")
     assert (run.status, run.error) == ("failed", "ValueError: stepped over the edge")
     assert "in cliff" in run.traceback and isinstance(run.exception, ValueError)
+    assert [m.value for m in run.measurements] == [3]
+
+
+@pytest.mark.ray
+def test_a_recipe_that_leaves_by_sys_exit_on_ray_has_failed_and_its_code_is_told(one_ray, registry, tmp_path):
+    @recipe(paper="door")
+    def door(run: Run) -> None:
+        import sys
+
+        run.record("steps", 3, better="higher")
+        sys.exit(3)
+
+    run = execute(door, store=tmp_path / "runs.db", on="ray")
+    assert (run.status, run.error) == ("failed", "the recipe left by sys.exit(3) before its end")
     assert [m.value for m in run.measurements] == [3]
 
 

@@ -246,6 +246,8 @@ def test_what_may_have_been_written_is_not_written_again(store, monkeypatch):
             raise OperationalError("COMMIT", {}, Exception("the connection was lost"), connection_invalidated=True)
 
     monkeypatch.setattr(Store, "_write", lost)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module, "_PATIENCE", 3)
     with pytest.raises(UsageError, match="does not answer"):
         run.log("once")
     assert len(tried) == 1

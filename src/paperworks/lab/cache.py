@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from platformdirs import user_cache_path
 
+from paperworks.errors import UsageError
+
 _MANIFEST = "manifest.json"
+_ABANDONED = 7 * 86_400
 
 
 def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
@@ -22,6 +29,8 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
 
     The folder carries a manifest with its key and the SHA-256 of every file. Where the manifest is missing, belongs to
     another key or does not match the files, the folder is built anew; it appears under its name only once complete.
+    A folder that is intact is never replaced, for somebody may be reading it: where two build the same at once, the
+    later one's is discarded. One that is damaged is moved aside, and removed a week later.
 
     Args:
         kind: First level of the cache, such as "drafters".
@@ -32,40 +41,102 @@ def cached_folder(kind: str, key: Mapping[str, Any], build: Callable[[Path], Non
         The folder's path.
 
     Example:
-        >>> import tempfile, os
-        >>> os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
-        >>> folder = cached_folder("greetings", {"name": "Ada"}, lambda path: (path / "hello").write_text("hi"))
-        >>> (folder / "hello").read_text()
-        'hi'
+        >>> import os, tempfile
+        >>> from unittest import mock
+        >>> with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, XDG_CACHE_HOME=home):
+        ...     folder = cached_folder("greetings", {"name": "Ada"}, lambda path: (path / "hello").write_text("hi"))
+        ...     print((folder / "hello").read_text())
+        hi
     """
     text = json.dumps(key, sort_keys=True)
     parent = user_cache_path("paperworks") / kind
     folder = parent / hashlib.sha256(text.encode()).hexdigest()[:24]
-    if _intact(folder, text):
-        return folder
+    brought = [Path(root) / kind / folder.name for root in os.environ.get(BROUGHT, "").split(os.pathsep) if root]
+    for there in (folder, *brought):
+        if _intact(there, text):
+            return _noted(there)
     parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(parent)
     fresh = Path(tempfile.mkdtemp(prefix="building-", dir=parent))
     try:
         build(fresh)
         (fresh / _MANIFEST).write_text(json.dumps({"key": text, "files": _digests(fresh)}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            # Another process finished the same folder first; its copy is as good.
-            if not _intact(folder, text):
-                raise
+        _put(fresh, folder, text)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    return _noted(folder)
+
+
+BROUGHT = "PAPERWORKS_PARTS"
+"""Environment variable: folders in which results of the cache were brought along, as `pack` leaves them."""
+
+_used: ContextVar[list[Path] | None] = ContextVar("used", default=None)
+
+
+@contextmanager
+def folders_used() -> Iterator[list[Path]]:
+    """Collects which folders of the cache are handed out, each once.
+
+    Example:
+        >>> with folders_used() as used:
+        ...     pass
+        >>> used
+        []
+    """
+    used: list[Path] = []
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
+
+
+def _noted(folder: Path) -> Path:
+    used = _used.get()
+    if used is not None and folder not in used:
+        used.append(folder)
     return folder
 
 
+def pack(folders: Iterable[Path], into: Path, *, most: int) -> int:
+    """Copy folders of the cache to where another machine can take them along, and say how many bytes they have.
+
+    Args:
+        folders: The folders, as `folders_used` collects them.
+        into: Where they go; a run finds them there by the environment variable PAPERWORKS_PARTS.
+        most: How many bytes they may have.
+
+    Raises:
+        UsageError: They have more; nothing is copied.
+    """
+    chosen = list(folders)
+    size = sum(path.stat().st_size for folder in chosen for path in folder.rglob("*") if path.is_file())
+    if size > most:
+        raise UsageError(
+            f"{len(chosen)} trained parts have {size / 2**20:.0f} MiB, more than {most / 2**20:.0f}: name fewer papers"
+        )
+    for folder in chosen:
+        shutil.copytree(folder, into / folder.parent.name / folder.name, dirs_exist_ok=True)
+    return size
+
+
+def _put(fresh: Path, folder: Path, text: str) -> None:
+    """Give what was built its name, unless what bears it is intact by now."""
+    # One at a time: else what another has just put there could be taken for the damaged folder seen before.
+    with FileLock(folder.with_suffix(".lock")):
+        if _intact(folder, text):
+            return
+        if folder.exists():
+            aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=folder.parent))
+            folder.rename(aside / folder.name)
+        fresh.rename(folder)
+
+
 def _clear_abandoned(parent: Path) -> None:
-    """Remove what killed processes left half built; nothing is built for a whole day."""
-    for folder in parent.glob("building-*"):
+    """Remove what is damaged and what killed processes left half built; nothing is built for a whole week."""
+    for folder in (*parent.glob("building-*"), *parent.glob("damaged-*")):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > 86_400:
+            if time.time() - folder.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from paperworks.errors import PaperworksError, UsageError
+from paperworks.lab.display import Display
 from paperworks.lab.environment import environment
 from paperworks.lab.recipe import Recipe, find
-from paperworks.lab.run import Artefact, Display, Entry, Environment, Run, Status, one_by_one
+from paperworks.lab.run import Artefact, Entry, Environment, Run, Status, one_by_one
 from paperworks.lab.store import Store
 
 _HEARTBEAT = 10.0
@@ -54,17 +56,18 @@ def execute(
         store: Where the run is kept, as for `Store`.
         on: "here", "ray" (a Ray of this machine, started where none is), "auto" (the Ray cluster this machine
             is part of) or "ray://host:port".
-        show_progress: Show progress on the error stream where that is a terminal.
+        show_progress: Show progress on the error stream.
         run_id: Its identity, where it has been announced already; made from the time by default.
         stopped: Says why the run was interrupted, "" where it was not: libraries turn interruptions into errors of
             their own.
 
     Returns:
-        The run: finished, or failed with its error and traceback.
+        The run: finished, or failed with its error and traceback. A recipe that leaves by `sys.exit` has failed.
 
     Raises:
-        UsageError: The recipe, an option, the scale, the store or the place is unknown; nothing is stored.
-        KeyboardInterrupt: The user stopped it; by then the run is kept as interrupted.
+        UsageError: The recipe, an option, the scale, the store or the place is unknown, or the run of this identity
+            has begun or is over; nothing is stored.
+        KeyboardInterrupt: The user or a signal stopped it; by then the run is kept as interrupted.
 
     Example:
         >>> import tempfile
@@ -99,37 +102,76 @@ def _execute(
     run_id: str | None = None,
     stopped: Callable[[], str] = str,
 ) -> Run:
-    display = Display() if show_progress and sys.stderr.isatty() else None
-    run = Run(
-        recipe.paper,
-        options,
-        seed=seed,
-        scale=scale,
-        id=run_id,
-        artefacts=store.artefacts,
-        recorder=store,
-        parallel=place.map,
-        display=display,
-    )
-    store.begin(run)
-    with _heartbeat(store, run):
-        try:
-            place.work(recipe, run)
-            _end(run, "finished")
-        except (KeyboardInterrupt, SystemExit) as stop:
-            told = str(stop) if isinstance(stop, KeyboardInterrupt) else ""
-            _end(run, "interrupted", stop, told or "stopped by the user")
-            raise
-        except Exception as error:
-            if reason := stopped():
-                _end(run, "interrupted", error, reason)
-                raise KeyboardInterrupt(reason) from error
-            _end(run, "failed", error, _sentence(error))
-        finally:
-            if display is not None:
-                display.close()
-            store.end(run)
+    with Display(recipe.paper) if show_progress else nullcontext() as display:
+        run = Run(
+            recipe.paper,
+            options,
+            seed=seed,
+            scale=scale,
+            id=run_id,
+            artefacts=store.artefacts,
+            recorder=store,
+            parallel=place.map,
+            display=display,
+        )
+        run.environment = environment()
+        store.begin(run)
+        with _heartbeat(store, run), _signals() as came:
+            _carry_out(recipe, run, store, place, lambda: stopped() or next(iter(came), ""))
     return run
+
+
+def _carry_out(recipe: Recipe, run: Run, store: Store, place: Executor, stopped: Callable[[], str]) -> None:
+    try:
+        place.work(recipe, run)
+        _end(run, "finished")
+    except KeyboardInterrupt as stop:
+        _end(run, "interrupted", stop, stopped() or str(stop) or "stopped by the user")
+        raise
+    except (Exception, SystemExit) as error:
+        # Libraries turn interruptions into errors of their own, and handlers of signals into exits.
+        if reason := stopped():
+            _end(run, "interrupted", error, reason)
+            if isinstance(error, SystemExit):
+                raise
+            raise KeyboardInterrupt(reason) from error
+        _end(run, "failed", error, _sentence(error))
+    except BaseException as error:
+        _end(run, "failed", error, _sentence(error))
+        raise
+    finally:
+        store.end(run)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Why the process is asked to end, as signals come; one that would end it at once interrupts the run instead."""
+    came: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        # Signals reach the main thread alone.
+        yield came
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append("stopped by the user" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+        handler = before[number]  # type: ignore[index]
+        if callable(handler):
+            handler(number, frame)
+        else:
+            # The second one ends the process, whatever the recipe is at.
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt(came[-1])
+
+    handled = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handled:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 def _end(run: Run, status: Status, exception: BaseException | None = None, sentence: str | None = None) -> None:
@@ -139,8 +181,10 @@ def _end(run: Run, status: Status, exception: BaseException | None = None, sente
         run.traceback = "".join(traceback.format_exception(exception))
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0]
+    if isinstance(error, SystemExit):
+        return f"the recipe left by sys.exit({'' if error.code is None else repr(error.code)}) before its end"
     if isinstance(error, PaperworksError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -166,7 +210,8 @@ def _heartbeat(store: Store, run: Run) -> Iterator[None]:
 
 
 def _work(recipe: Recipe, run: Run) -> None:
-    run.keep(Environment(environment()))
+    if not run.environment:
+        run.keep(Environment(environment()))
     try:
         recipe(run, **run.parameters)
     finally:
@@ -303,7 +348,11 @@ def _work_there(recipe: Recipe, parameters: dict[str, Any], seed: int, scale: st
             recorder=line,
             parallel=OnRay().map,
         )
-        _work(recipe, run)
+        try:
+            _work(recipe, run)
+        except SystemExit as stop:
+            # It would end Ray's worker, and nobody would learn why.
+            raise PaperworksError(_sentence(stop)) from stop
 
 
 class _Line:

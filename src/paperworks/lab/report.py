@@ -87,7 +87,7 @@ def rendered(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int)
         return Text("\n".join(line for line in lines if line))
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for (heading, *cells), wide in zip(columns, _widths(columns, widest, width - 2 * len(columns)), strict=True):
-        figures = any(cells) and all(not cell or cell[0] in "-0123456789" and len(cell.split()) < 4 for cell in cells)
+        figures = any(cells) and all(not cell or (cell[0] in "-0123456789" and len(cell.split()) < 4) for cell in cells)
         made.add_column(heading, justify="right" if figures else "left", width=wide, vertical="top")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))

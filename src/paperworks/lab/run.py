@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 import secrets
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,8 @@ from paperworks.lab.measure import Effect, difference_of_pairs, ratio_of_pairs, 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from paperworks.lab.display import Display
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 Better = Literal["higher", "lower"]
@@ -140,7 +141,7 @@ class Run:
         artefacts: Folder in which it has its own for files; a temporary folder by default.
         recorder: Who keeps its entries beside this object.
         parallel: `parallel(function, items, advance)` for `map`; one after the other by default.
-        display: Shows progress in the terminal.
+        display: Shows progress.
 
     Attributes:
         environment: Machine and versions it ran on.
@@ -572,54 +573,3 @@ class Progress:
             for item in self._items:
                 yield item
                 self.advance()
-
-
-class Display:
-    """Progress bars and messages on the terminal's error stream.
-
-    The last bar stays on the screen when all work is done; the next piece of work begins below it.
-    """
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(file=sys.stderr)
-        self._live: Any = None
-        self._tasks: dict[int, Any] = {}
-
-    def show(self, entry: Entry) -> None:
-        """Show the bars or the message of an entry; other entries are shown in the results."""
-        if isinstance(entry, Log):
-            self._console.print(entry.message, markup=False, highlight=False)
-        elif isinstance(entry, Bars):
-            self._show_bars(entry.bars)
-
-    def _show_bars(self, bars: Sequence[Bar]) -> None:
-        from rich import progress
-        from rich.markup import escape
-
-        if not bars:
-            self.close()
-            return
-        if self._live is None:
-            self._live = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._live.start()
-        for key in self._tasks.keys() - {bar.key for bar in bars}:
-            self._live.remove_task(self._tasks.pop(key))
-        for bar in bars:
-            if bar.key not in self._tasks:
-                self._tasks[bar.key] = self._live.add_task(escape(bar.description), total=bar.total)
-            self._live.update(self._tasks[bar.key], completed=bar.done)
-
-    def close(self) -> None:
-        """Leave the terminal as it is now."""
-        if self._live is not None:
-            self._live.stop()
-            self._live, self._tasks = None, {}

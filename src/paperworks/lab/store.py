@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,15 +32,26 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from paperworks.errors import UsageError
 from paperworks.lab.run import Artefact, Bar, Bars, Entry, Environment, Log, Measurement, Run, Status
 
-SCHEMA = "0004"
+SCHEMA = "0005"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _HEARTBEAT_LOST = 60.0
+# Seconds that SQLite waits for other writers, and that a run waits for a store that is busy or away, rather than lose what
+# it took minutes to find.
+_BUSY = 30.0
+_PATIENCE = 600.0
+_PASSING = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+}
 _CURE = "start it, or set PAPERWORKS_STORE to one that does"
 # Alembic's context belongs to the process.
 _migrating = threading.Lock()
@@ -179,12 +192,33 @@ class Store:
         self.close()
 
     def begin(self, run: Run) -> None:
-        """Take in a run that this process starts now, or take over one that another process has announced."""
-        with self.writing() as session:
+        """Take in a run that this process starts now, or take over one that is announced and has not begun.
+
+        A run has begun once it has an environment; one that begins at once brings its own.
+
+        Raises:
+            UsageError: The run has begun or is over: it would record everything twice.
+        """
+        self._mark_interrupted()
+        with self.writing(alone=True) as session:
+            kept = session.get(RunRow, run.id)
+            if kept is not None and (kept.status != "running" or kept.environment):
+                state = "under way" if kept.status == "running" else kept.status
+                raise UsageError(f"run {run.id} is {state} already, and a run takes place once; start one of a new id")
             session.merge(row_of(run))
 
     def add(self, run_id: str, entry: Entry) -> None:
-        """Keep one entry of a run; it is in the database when this returns."""
+        """Keep one entry of a run; it is in the database when this returns.
+
+        Where the store is busy or away, progress is let go, for the next is due in a second; all else waits.
+        """
+        if isinstance(entry, Bars):
+            with suppress(UsageError):
+                self._write(run_id, entry)
+        else:
+            self._patiently(lambda: self._write(run_id, entry))
+
+    def _write(self, run_id: str, entry: Entry) -> None:
         with self.writing() as session:
             match entry:
                 case Measurement():
@@ -205,13 +239,46 @@ class Store:
             session.execute(_of(run_id).values(heartbeat=time.time()))
 
     def end(self, run: Run) -> None:
-        """Keep how a run ended."""
+        """Keep how a run ended.
+
+        Raises:
+            UsageError: The store has not answered for ten minutes.
+        """
         finished = run.finished.timestamp() if run.finished else time.time()
         end = _of(run.id).values(
             status=run.status, finished=finished, error=run.error, traceback=run.traceback, progress=[]
         )
-        with self.writing() as session:
-            session.execute(end)
+
+        def write() -> None:
+            with self.writing() as session:
+                session.execute(end)
+
+        try:
+            self._patiently(write, twice=True)
+        except KeyboardInterrupt:
+            # Who stops the waiting does not undo the run.
+            write()
+            raise
+        except UsageError as error:
+            raise UsageError(f"run {run.id} is {run.status}, but that is not kept: {error}") from error
+
+    def _patiently(self, write: Callable[[], None], *, twice: bool = False) -> None:
+        """Write, and try again while the store is busy or away.
+
+        Args:
+            write: Writes, or raises UsageError.
+            twice: Whether the same may be written twice, so that it can be tried again where nobody knows whether it was
+                written.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        for number in itertools.count():
+            try:
+                return write()
+            except UsageError as error:
+                pause = min(0.5 * 2**number, 30.0)
+                if not _passing(error.__cause__, twice) or time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause)
 
     def runs(self, paper: str | None = None, status: Status | None = None, limit: int | None = None) -> list[Run]:
         """The runs kept, newest first.
@@ -332,7 +399,7 @@ class Store:
             Path(str(self._url.database)).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the store {self.url} cannot be made ({error.strerror}); {_CURE}") from error
-        engine = create_engine(self._url, connect_args={"timeout": 30})
+        engine = create_engine(self._url, connect_args={"timeout": _BUSY})
         event.listen(engine, "connect", _prepare_sqlite)
         return engine
 
@@ -387,6 +454,14 @@ def row_of(run: Run) -> RunRow:
         process_started=process.create_time(),
         heartbeat=time.time(),
     )
+
+
+def _passing(error: BaseException | None, twice: bool) -> bool:
+    """Whether an error of the database is one of those that pass, and trying again does not write twice."""
+    if not isinstance(error, OperationalError) or (error.connection_invalidated and not twice):
+        return False
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return code is None or code & 0xFF in _PASSING
 
 
 def _of(run_id: str) -> Any:
