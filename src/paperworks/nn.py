@@ -43,6 +43,7 @@ def pack_linears(model: nn.Module) -> nn.Module:
         The same model.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = pack_linears(nn.Sequential(nn.Linear(8, 4)))
         >>> x = torch.ones(2, 8)
         >>> bool(torch.allclose(model(x), model[0](x), atol=1e-6))
@@ -59,8 +60,8 @@ def pack_linears(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_scorer(rows: Tensor) -> nn.Module:
-    """Scores x -> x rows^T of frozen `rows` (n, d), laid out as `pack_linears` does.
+def packed_scorer(rows: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Scores x -> x rows^T + bias of frozen `rows` (n, d) and `bias` (n,), laid out as `pack_linears` does.
 
     Example:
         >>> packed_scorer(torch.eye(2))(torch.ones(1, 2)).tolist()
@@ -68,6 +69,8 @@ def packed_scorer(rows: Tensor) -> nn.Module:
     """
     scorer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
     scorer.weight = nn.Parameter(rows, requires_grad=False)
+    if bias is not None:
+        scorer.bias = nn.Parameter(bias, requires_grad=False)
     return pack_linears(scorer)
 
 

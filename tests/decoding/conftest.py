@@ -8,7 +8,21 @@ from collections.abc import Callable, Hashable
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CodeGenConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from paperworks.decoding import FSPAD, Chimera, Hydra, Medusa, RecursiveSpeculation, StochasticBeam, generate
 from paperworks.decoding.drafter import Drafter
@@ -26,6 +40,26 @@ FAMILIES = {
     ),
 }
 TREE = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+_GPT = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None)
+# The families that drafters and copies are held to besides: soft-caps, scales, learned positions, windows without kinds.
+CONTRACT = {
+    **FAMILIES,
+    "mistral": lambda vocab: MistralConfig(vocab_size=vocab, sliding_window=6, **SIZES),
+    "gemma2": lambda vocab: Gemma2Config(
+        vocab_size=vocab, sliding_window=6, final_logit_softcapping=5.0, attn_logit_softcapping=5.0, **SIZES
+    ),
+    "cohere": lambda vocab: CohereConfig(vocab_size=vocab, logit_scale=0.25, **SIZES),
+    "granite": lambda vocab: GraniteConfig(vocab_size=vocab, logits_scaling=3.0, embedding_multiplier=2.0, **SIZES),
+    "gpt2": lambda vocab: GPT2Config(**_GPT | {"vocab_size": vocab}),
+    "codegen": lambda vocab: CodeGenConfig(**_GPT | {"vocab_size": vocab}, n_ctx=64, rotary_dim=4),
+    "gpt_neox": lambda vocab: GPTNeoXConfig(vocab_size=vocab, **SIZES),
+    "opt": lambda vocab: OPTConfig(
+        vocab_size=vocab, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    ),
+}  # fmt: skip
+# Heads with a bias that their families do not have: beside a cap, a factor and a divisor.
+BIASED = ("gemma2", "cohere", "granite")
 DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "medusa": lambda model: Medusa.from_target(model, heads=3, tree=TREE),
     "hydra": lambda model: Hydra.from_target(model, heads=3, tree=TREE, tie_lm_head=False),
@@ -49,7 +83,11 @@ def make_model(
 ):
     """A random model of a family whose law is far from uniform."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](vocab), attn_implementation=implementation)
+    # These two have no other attention.
+    implementation = "eager" if family in ("gemma2", "codegen") else implementation
+    model = AutoModelForCausalLM.from_config(CONTRACT[family](vocab), attn_implementation=implementation)
+    if family in BIASED:
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(vocab))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return model.to(dtype).eval()

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from paperworks.decoding import Drafter, Exact, RecursiveSpeculation, Target, TreeCache, Typical, generate
+from paperworks.decoding import (
+    ClassifierFreeGuidance,
+    Committed,
+    ConditionalBeamSearch,
+    Drafter,
+    DynamicInference,
+    EntropyAdaptiveDecoding,
+    EntropySwitch,
+    Exact,
+    Greedy,
+    HiddenStateOptimization,
+    NextBlockPrediction,
+    NGramModel,
+    RecursiveSpeculation,
+    RelaxedAcceptance,
+    Sampling,
+    SuperposedDecoding,
+    Target,
+    TemporalFusion,
+    TokenTree,
+    TreeCache,
+    Typical,
+    collect,
+    generate,
+    nearest_codes,
+    train_drafter,
+)
 from tests.decoding.conftest import (
     DRAFTERS,
     FAMILIES,
@@ -158,3 +186,170 @@ def test_exact_acceptance_of_a_random_model_passes_chi_square(model, prompt):
         counts[tuple(sample)] += 1
     statistic = sum((counts[key] - 3000 * p) ** 2 / (3000 * p) for key, p in law.items())
     assert statistic < 37.7  # 99.9 % point for 15 degrees of freedom
+
+
+# Half precision: not only without an error, but with the effect that the method has in float32.
+
+HALF = [torch.bfloat16, torch.float16]
+TEXTS = torch.randint(40, (6, 24), generator=torch.Generator().manual_seed(4))
+
+
+def _rule(logits, acceptance):
+    """What an acceptance makes of 200 trees at random, at these logits."""
+    tree = TokenTree(TEXTS[:, :6].repeat(34, 1)[:200], torch.tensor([-1, 0, 0, 1, 1, 2]).expand(200, -1))
+    accepted = acceptance(tree, logits, Sampling(temperature=1.0), torch.Generator().manual_seed(1))
+    return torch.cat([accepted.lengths, accepted.next_tokens]).double()
+
+
+def _logits(model):
+    with torch.no_grad():
+        hidden = torch.randn(200, 6, 16, generator=torch.Generator().manual_seed(3)).to(model.dtype)
+        return Target(model).logits(hidden)
+
+
+def _by(acceptance):
+    """What comes of the rule, or of another one in its place."""
+
+    def measured(model, use):
+        return _rule(_logits(model) / 4, acceptance=acceptance if use else Greedy())
+
+    return measured
+
+
+def _attribute(hidden, tokens):
+    return torch.nn.functional.logsigmoid(3 * hidden.float().mean(-1))
+
+
+def _search(model, use):
+    search = ConditionalBeamSearch(model, _attribute, num_beams=4, weight=3.0 if use else 0.0)
+    found = search.generate(TEXTS[:, :5], max_new_tokens=4, eos_token_id=[])
+    return (found.log_likelihoods.double() + 3 * found.log_attributes.double()).amax(1)
+
+
+def _superposed(model, use):
+    options = {"drafts": 3, "temperature": 1.0, "top_tokens": 9}
+    ngram = NGramModel().fit([list(range(40))]) if use else None
+    return (
+        SuperposedDecoding(model, ngram=ngram, **options)
+        .generate(TEXTS[:, :5], max_new_tokens=3, eos_token_id=[])
+        .scores
+    )
+
+
+def _guided(model, use):
+    with torch.no_grad():
+        steered = ClassifierFreeGuidance(model, condition=[5, 6, 7], null=2, scale=2.5 if use else 1.0)
+        return steered(torch.cat([torch.full((6, 1), 5), TEXTS], 1)).logits.double().softmax(-1)
+
+
+def _entropies(model, use):
+    flat = copy.deepcopy(model)
+    flat.lm_head.weight.data /= 8
+    switch = EntropySwitch(3.0 if use else float("inf"), min_stay=2)
+    decoding = EntropyAdaptiveDecoding(flat, model, switch)
+    return torch.tensor(
+        [decoding.generate(row[None], max_new_tokens=8, eos_token_id=[]).entropies for row in TEXTS[:, :6]]
+    )
+
+
+def _learning(model, use):
+    reader = HiddenStateOptimization(model, steps=int(use), learning_rate=0.02, window=4)
+    return reader.log_likelihood(torch.tensor([[1, 2, 3, 4] * 12, [9, 8, 9, 8] * 12])).double()
+
+
+def _leaving(model, use):
+    """Which layer each position leaves, by a controller and heads that have been trained, or by chance."""
+    dynamic = DynamicInference(model, head="tuned")
+    if use:
+        order = {"generator": torch.Generator().manual_seed(0)}
+        dynamic.fit_heads(TEXTS, epochs=20, learning_rate=1e-2, batch_size=6, **order)
+        dynamic.fit_controller(TEXTS, epochs=20, learning_rate=1e-2, batch_size=6, **order)
+    reading = dynamic.read(TEXTS)
+    return reading.probabilities.double()
+
+
+def _blocks(model, use):
+    torch.manual_seed(0)
+    network = NextBlockPrediction(vocab_size=5, grid=(2, 2, 4), block=(1, 2, 4), hidden_size=16, heads=2).eval()
+    for parameter in network.parameters():
+        parameter.data *= 4 if use else 1
+    clips = torch.randint(5, (8, 2, 2, 4), generator=torch.Generator().manual_seed(1))
+    return network.to(model.dtype).log_prob(clips).detach().double()
+
+
+EFFECTS = {
+    "greedy": lambda model, use: _rule(_logits(model) / 4, acceptance=Greedy() if use else Typical(0.5, 1.0)),
+    "typical": _by(Typical(0.02, 0.1)),
+    "exact": _by(Exact()),
+    "relaxed": _by(RelaxedAcceptance(nearest_codes(torch.arange(40.0)[:, None]), delta=0.6)),
+    "conditional beam search": _search,
+    "superposed": _superposed,
+    "guidance": _guided,
+    "entropy-adaptive": _entropies,
+    "hidden states": _learning,
+    "dynamic": _leaving,
+    "next block": _blocks,
+}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", EFFECTS)
+def test_the_effect_in_half_precision_is_that_in_float32(name, dtype):
+    full, without = (EFFECTS[name](make_model(dtype=torch.float32), use) for use in (True, False))
+    half = EFFECTS[name](make_model(dtype=dtype), True)
+    assert bool(half.isfinite().all())
+    effect, error = (full - without).abs().mean(), (full - half).abs().mean()
+    assert effect > 0.005 and error < (0.35 if dtype == torch.bfloat16 else 0.1) * effect
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_what_is_drafted_in_half_precision_is_what_float32_drafts(name, dtype):
+    shares = []
+    models = [make_model(dtype=kind) for kind in (torch.float32, dtype)]
+    drafter = scramble(DRAFTERS[name](models[0]).float())
+    if name == "fspad":
+        # What it feeds on grows with each level, with weights as these beyond what float16 holds.
+        drafter.sampling.down.weight.data *= 0.1
+    drafters = [drafter, copy.deepcopy(drafter).to(dtype)]
+    for row in TEXTS:
+        trees = []
+        for model, drafter in zip(models, drafters, strict=True):
+            target, cache = Target(model), TreeCache(model.config, 1)
+            with torch.inference_mode():
+                _, hidden = target.prefill([row], cache)
+                state = drafter.start(target, 1, Sampling())
+                tree = drafter.propose(state, Committed(row[None], hidden, [24]), row[:1])
+            paths = tree.ancestors[0]
+            trees.append({tuple(tree.tokens[0, path].tolist()) for path in paths})
+        shares.append(len(trees[0] & trees[1]) / len(trees[0]))
+    assert sum(shares) / len(shares) > (0.6 if dtype == torch.bfloat16 else 0.75)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["hydra", "hydra++", "chimera", "fspad"])
+def test_a_drafter_learns_in_half_precision_what_it_learns_in_float32(name, dtype):
+    gains, first = {}, {}
+    for kind in (torch.float32, dtype):
+        model = make_model(dtype=kind)
+        texts = generate(model, TEXTS[:, :3], max_new_tokens=20, eos_token_id=[]).new_tokens
+        data = collect(model, [([], text) for text in texts])
+        drafter = DRAFTERS[name](model)
+        losses = train_drafter(drafter, model, data, epochs=8, batch_size=2, learning_rate=1e-2,
+                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+        assert all(parameter.dtype == kind for parameter in drafter.parameters())
+        first[kind], gains[kind] = losses[0], losses[0] - sum(losses[-3:]) / 3
+    assert gains[dtype] > 0.6 * gains[torch.float32] > 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_requests_served_in_half_precision_have_the_texts_of_their_own(dtype):
+    model = make_model(dtype=dtype)
+    server = TemporalFusion(model, max_concurrency=3, max_seq_len=40)
+    handles = [server.submit(row[:6], max_new_tokens=12, eos_token_id=[]) for row in TEXTS]
+    # Rounding differs with the number of rows, and may tip the choice of a token that was as good as another.
+    same = [
+        tuple(handle.result()) == output(model, row[None, :6], max_new_tokens=12)
+        for row, handle in zip(TEXTS, handles, strict=True)
+    ]
+    assert sum(same) >= 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import queue
@@ -654,11 +653,34 @@ def test_nobody_waits_for_a_server_that_broke(pool, monkeypatch):
             submit(server, prompts[0], 5)
 
 
-def test_no_hook_is_left_on_the_model(prompt):
-    model = make_model()
-    with make_server(model) as server:
-        submit(server, prompt, 3)
-    assert model.base_model._forward_hooks
-    del server
-    gc.collect()
-    assert not model.base_model._forward_hooks
+@pytest.mark.parametrize("passes", [0, 1, 2, 4])
+def test_an_interrupted_step_may_be_gone_on_with(pool, passes):
+    """Ctrl-C in a prompt's pass or in a common one: requests are as they were before the step, and none is lost."""
+    model, prompts, greedy = pool
+    server = make_server(model)
+    handles = [submit(server, prompt, 6) for prompt in prompts[:3]]
+    left = [passes]
+
+    def interrupt(*args):
+        left[0] -= 1
+        if left[0] == -1:
+            raise KeyboardInterrupt
+
+    with model.model.layers[1].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        handles[0].result()
+    assert not any(handle.done for handle in handles)
+    assert [handle.result() for handle in handles] == [text[:6] for text in greedy[:3]] and not server.busy
+    assert server.statistics.prefills == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_server_whose_thread_was_stopped(pool):
+    model, prompts, _ = pool
+
+    def stop(*args):
+        raise SystemExit(3)
+
+    with make_server(model) as server, model.model.layers[1].register_forward_hook(stop):
+        handle = submit(server, prompts[0], 5)
+        with pytest.raises(RuntimeError, match="the server was stopped by SystemExit"):
+            handle.result(timeout=60)

@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from paperworks.errors import UsageError
-from paperworks.lab.run import Display, Run
+from paperworks.lab.display import Display
+from paperworks.lab.run import Run
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def write(
     drafter: Path | None = None,
     chat: bool = True,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -50,6 +51,9 @@ def write(
     display: Display | None = None,
 ) -> Written:
     """Continue `prompt`, handing over each piece of text as it comes.
+
+    What the model's generation config asks for (a repetition penalty, say, or how to sample) is kept to, but for what is
+    given here.
 
     Args:
         prompt: What the user says.
@@ -59,15 +63,16 @@ def write(
         drafter: Folder of a saved drafter to use instead.
         chat: Put the prompt into the model's chat template, where it has one.
         max_new_tokens: New tokens at most.
-        temperature: 0 for greedy text.
-        top_k: Sample among the k most likely tokens.
-        top_p: Sample among the most likely tokens that make up this probability.
+        temperature: 0 for greedy text; if None, as the model's generation config has it.
+        top_k: Sample among the k most likely tokens; if None likewise.
+        top_p: Sample among the most likely tokens that make up this probability; if None likewise.
         seed: Of what is sampled.
         on_text: Called with each piece of text.
         display: Shows progress while a drafter is trained.
 
     Raises:
-        UsageError: There is no such method, or a value is out of range.
+        UsageError: There is no such method, a value is out of range, or the model's generation config asks for something
+            that drafting cannot do.
 
     Example:
         >>> write("Hello", model="tiny-random-llama", method="plain", max_new_tokens=4).tokens <= 4
@@ -76,11 +81,18 @@ def write(
     import torch
     from transformers import TextStreamer
 
-    from paperworks.decoding import Drafter, generate
+    from paperworks.decoding import Drafter, Target
+    from paperworks.decoding.engine import check_lengths, generate_as_asked
+    from paperworks.decoding.options import refuse
     from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, encode, load_target
 
     target, tokenizer = load_target(model, dtype=cpu_friendly_dtype())
     try:
+        # What cannot be is said before a drafter is trained.
+        ids = encode(tokenizer, prompt, chat=chat).to(target.device)
+        check_lengths(Target(target), [ids[0]], max_new_tokens)
+        options = _options(target.generation_config, temperature, top_k, top_p)
+        refuse(target._prepare_generation_config(None, **options)[0])
         chosen = (
             Drafter.from_pretrained(drafter, target) if drafter else _drafter(method, target, tokenizer, model, display)
         )
@@ -93,20 +105,44 @@ def write(
                 pieces.append(text)
                 on_text(text)
 
-        ids = encode(tokenizer, prompt, chat=chat).to(target.device)
+        results = []
+
+        def decode(model: Any, input_ids: torch.Tensor, **asked: Any) -> torch.Tensor:
+            generator = torch.Generator(model.device).manual_seed(seed)
+            results.append(generate_as_asked(model, input_ids, chosen, None, generator, **asked)[0])
+            return results[0].sequences
+
         start = perf_counter()
-        result = generate(
-            target, ids, drafter=chosen, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, generator=torch.Generator(target.device).manual_seed(seed),
-            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        target.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=decode, max_new_tokens=max_new_tokens,
+            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True), **options,
         )  # fmt: skip
         seconds = perf_counter() - start
     except ValueError as error:
         raise UsageError(str(error)) from error
-    cost = result.statistics
+    cost = results[0].statistics
     return Written(
-        "".join(pieces), len(result.new_tokens[0]), seconds, cost.accepted_per_call if cost.target_calls else 1.0
+        "".join(pieces), len(results[0].new_tokens[0]), seconds, cost.accepted_per_call if cost.target_calls else 1.0
     )
+
+
+def _options(config: Any, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """What is given, as options of transformers' `generate`; the model's generation config has the rest."""
+    from paperworks.decoding import Sampling
+
+    Sampling(temperature or 0.0, top_k, top_p)
+    sampled = bool(config.do_sample) if temperature is None else temperature > 0
+    if not sampled:
+        if top_k is not None or top_p is not None:
+            raise UsageError(
+                "top_k and top_p choose what is sampled from, but the text is greedy: give a temperature above 0 too"
+            )
+        return {"do_sample": False}
+    if top_k is None and config.top_k is None:
+        # transformers takes the 50 most likely tokens where nobody says how many.
+        top_k = 0
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Display | None) -> Any:

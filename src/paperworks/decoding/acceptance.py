@@ -106,7 +106,8 @@ class Exact:
                 hit = is_child & (tree.tokens == token[:, None])
                 child = torch.where(hit.any(-1), hit.int().argmax(-1), -1)
             else:
-                child, law = self._rejection_rounds(tree, node, is_child, law, generator)
+                possible = logits[rows, node] > -torch.inf
+                child, law = self._rejection_rounds(tree, node, is_child, law, possible, generator)
                 token = draw(law, generator) if bool((walking & (child < 0)).any()) else torch.zeros_like(rows)
             stopping = walking & (child < 0)
             next_tokens = torch.where(stopping, token, next_tokens)
@@ -123,9 +124,18 @@ class Exact:
         return law
 
     def _rejection_rounds(
-        self, tree: TokenTree, node: Tensor, is_child: Tensor, law: Tensor, generator: torch.Generator | None
+        self,
+        tree: TokenTree,
+        node: Tensor,
+        is_child: Tensor,
+        law: Tensor,
+        possible: Tensor,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """The accepted child of each row (-1 for none) and the law from which to draw where there is none."""
+        """The accepted child of each row (-1 for none) and the law from which to draw where there is none.
+
+        However a token is judged, it is not accepted where it is not `possible` (batch, vocab).
+        """
         rows = torch.arange(len(node), device=law.device)
         proposal = tree.draft_probs[rows, node].to(law.dtype) if tree.draft_probs is not None else law
         accepted = torch.full_like(node, -1)
@@ -138,7 +148,7 @@ class Exact:
             token = tree.tokens[rows, slot]
             if tree.draw == "point":
                 proposal = torch.zeros_like(law).scatter(-1, token[:, None], 1.0)
-            judged = self.judged_by(law, token)
+            judged = self.judged_by(law, token).where(possible[rows, token][:, None], law)
             chance = (judged[rows, token] / proposal[rows, token]).nan_to_num(0.0, posinf=1.0).clamp(max=1.0)
             yes = draw(torch.stack([1 - chance, chance], -1), generator).bool() & offered
             accepted = torch.where(yes, slot, accepted)

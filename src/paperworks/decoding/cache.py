@@ -8,6 +8,20 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 
+def layer_count(config: PreTrainedConfig) -> int:
+    """Layers of a decoder; what was cut out of an encoder-decoder calls the encoder's `num_hidden_layers`.
+
+    Example:
+        >>> from transformers import BartConfig
+        >>> layer_count(BartConfig(encoder_layers=1, decoder_layers=3))
+        3
+    """
+    for name in ("decoder_layers", "num_decoder_layers"):
+        if layers := getattr(config, name, None):
+            return int(layers)
+    return int(config.num_hidden_layers)
+
+
 class _TreeLayer(CacheLayerMixin):
     """One layer's preallocated keys and values, (batch, heads, capacity, dim)."""
 
@@ -85,7 +99,7 @@ class TreeCache(Cache):
         if batch < 1:
             raise ValueError(f"a cache needs at least one row, got batch={batch}")
         self.lengths = [0] * batch
-        super().__init__(layers=[_TreeLayer(self.lengths) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[_TreeLayer(self.lengths) for _ in range(layer_count(config))])
 
     def commit(self, path: Tensor, counts: list[int]) -> None:
         """Keep the first `counts[b]` nodes of `path[b]`, in that order, of the tokens just written; drop the others.
@@ -171,7 +185,7 @@ class SlotCache(TreeCache):
         super().__init__(config, rows)
         if capacity < 1:
             raise ValueError(f"a row needs room for at least one token, got capacity={capacity}")
-        self.layers = [_SlotLayer(self.lengths, rows, capacity) for _ in range(config.num_hidden_layers)]
+        self.layers = [_SlotLayer(self.lengths, rows, capacity) for _ in range(layer_count(config))]
         self._all = self.lengths[:]
         self._window = slice(0, 0)
         self.show(0, rows)

@@ -16,7 +16,7 @@ from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.draft_layer import DraftLayer
 from paperworks.decoding.drafter import Committed, Drafter
 from paperworks.decoding.sampling import Sampling
-from paperworks.decoding.target import Target
+from paperworks.decoding.target import Head, Target
 from paperworks.decoding.training import Prediction, distillation_loss
 from paperworks.decoding.tree import TokenTree, TreeShape
 
@@ -125,6 +125,7 @@ class Chimera(Drafter):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -181,6 +182,7 @@ class Chimera(Drafter):
             "distil_on": distil_on,
             "memoise": memoise,
         }
+        target.check_states()
         self.register_buffer("vocabulary", vocabulary)
         self.scored = target.vocab_size if vocabulary is None else len(vocabulary)
         # Embeddings are an order of magnitude smaller than states; a constant that the encoder could take in brings them
@@ -229,23 +231,23 @@ class Chimera(Drafter):
 
         Attributes:
             target: The target.
-            rows: Rows of its head that score drafts; None if the heads score by themselves.
+            scorer: Its head for the tokens drafted; None if the heads score by themselves.
             cache: The context encoder's.
             last: Each row's last two verified tokens, (batch, 2); -1 before the text's start.
             known: e of the trigrams met.
         """
 
         target: Target
-        rows: Tensor | None
+        scorer: Head | None
         cache: TreeCache | None
         last: Tensor
         known: dict[tuple[int, int, int], Tensor] | None = None
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
-        """Look up the rows of the target's head that score drafts, and open a cache."""
+        """Look up what of the target's head scores drafts, and open a cache."""
         return self.State(
             target,
-            target.head_rows(self.vocabulary) if self.options["tie_lm_head"] else None,
+            target.scorer(self.vocabulary) if self.options["tie_lm_head"] else None,
             self.context.new_cache(batch) if self.context is not None else None,
             torch.full((batch, 2), -1, device=target.device),
             {} if self.options["memoise"] else None,
@@ -275,7 +277,7 @@ class Chimera(Drafter):
                     tree = self._inner[head].tree(tokens[:, : sequence.shape[1]])
                     g = self.context.extend(sequence, tree, state.cache)[:, drafted.shape[1] :]
                 drafted = torch.cat([drafted, g], dim=1)
-            best = self._logits(head, h, g, state.target, state.rows).topk(level.width).indices
+            best = self._logits(head, h, g, state.scorer).topk(level.width).indices
             children = best[:, level.owners.to(root.device), level.ranks.to(root.device)]
             if self.vocabulary is not None:
                 children = self.vocabulary[children]
@@ -313,19 +315,19 @@ class Chimera(Drafter):
             known.update(zip(missing, fresh, strict=True))
         return torch.stack([known[key] for key in keys]).view(*trigrams.shape[:-1], -1)
 
-    def _logits(self, head: int, h: Tensor, g: Tensor, target: Target, rows: Tensor | None) -> Tensor:
+    def _logits(self, head: int, h: Tensor, g: Tensor, scorer: Head | None) -> Tensor:
         """C_k [h ; g]."""
         u: Tensor = self.heads[head](g)
         if self.residual is not None:
             u = u + self.residual[head](h)
-        return u if rows is None else target.logits(u, rows.to(u.dtype))
+        return u if scorer is None else scorer(u)
 
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What each head says at every position whose label may be used.
 
         Deeper levels read the true tokens before them; with `own_tokens`, in training, those that the heads drafted.
         """
-        rows = target.head_rows(self.vocabulary) if self.options["tie_lm_head"] else None
+        scorer = target.scorer(self.vocabulary) if self.options["tie_lm_head"] else None
         # Head i at position t predicts token t + 2 + i. Nothing is drafted before the first label is in reach, nor behind
         # position 0, whose next token has no real trigram.
         end = tokens.shape[1] - 2
@@ -341,7 +343,7 @@ class Chimera(Drafter):
                 g = branches.grow(g)
             labelled = mask[:, label:]
             state = g[labelled]
-            logits = self._logits(i, hidden[:, first : first + count][labelled], state, target, rows)
+            logits = self._logits(i, hidden[:, first : first + count][labelled], state, scorer)
             yield Prediction(
                 logits=logits,
                 labels=tokens[:, label:][labelled],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.options import asked_of_generate, withheld_arguments
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -71,8 +73,10 @@ class ConditionalBeamSearch:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
-        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+        ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
+        ...     eos_token_id=None,
         ... )
         >>> model = LlamaForCausalLM(config).eval()
         >>> def few_sevens(hidden, tokens):  # a hand-written attribute
@@ -201,9 +205,10 @@ class ConditionalBeamSearch:
             The best continuation of each prompt behind it, (batch, length).
 
         Raises:
-            ValueError: another model than the search's, beams asked for in `generate` too, or no room for new tokens.
+            ValueError: another model than the search's, no room for new tokens, or an option that the search does not keep
+                to: beams of another number, sampling, logits processors, stopping criteria, a streamer, scores.
         """
-        config = kwargs["generation_config"]
+        config = copy.copy(kwargs.pop("generation_config"))
         if model is not self.model:
             raise ValueError("this search was made for another model: make one for the model that generates")
         if config.num_beams not in (1, self.num_beams) or config.num_return_sequences != 1 or config.do_sample:
@@ -211,14 +216,28 @@ class ConditionalBeamSearch:
                 f"the search has {self.num_beams} beams of its own, returns the best text and samples nothing: leave "
                 "num_beams, num_return_sequences and do_sample at their defaults"
             )
-        if config.max_length is None or (new := config.max_length - input_ids.shape[1]) < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got max_length={config.max_length} with this prompt")
+        if config.early_stopping or config.length_penalty not in (None, 1.0, self.length_penalty):
+            raise ValueError(
+                "the search has a length_penalty of its own and stops when nothing better can come: give none"
+            )
+        # transformers has repeated every prompt for its beams.
+        step, config.num_beams = config.num_beams, 1
+        rows = {"attention_mask": kwargs.get("attention_mask"), "position_ids": kwargs.get("position_ids")}
+        kwargs |= {name: None if rest is None else rest[::step] for name, rest in rows.items()}
+        input_ids = input_ids[::step]
+        asked = asked_of_generate(input_ids, generation_config=config, withheld=withheld_arguments(), **kwargs)
+        wanted = {
+            "logits processors": asked.processors, "stopping criteria": asked.criteria, "streamers": asked.streamer,
+            "return_dict_in_generate": config.return_dict_in_generate,
+        }  # fmt: skip
+        if refused := [name for name, value in wanted.items() if value]:
+            raise ValueError(f"the search returns the best texts and takes no {' and no '.join(refused)}")
         return self.generate(
             input_ids,
-            attention_mask=kwargs.get("attention_mask"),
-            max_new_tokens=new,
-            eos_token_id=config.eos_token_id if config.eos_token_id is not None else [],
-            pad_token_id=int(config.pad_token_id or 0),
+            attention_mask=kwargs["attention_mask"],
+            max_new_tokens=asked.max_new_tokens,
+            eos_token_id=asked.ends,
+            pad_token_id=asked.pad,
         ).sequences[:, 0]
 
     def _judge(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -283,6 +302,7 @@ def exact_mode(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )

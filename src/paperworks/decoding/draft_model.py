@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from paperworks.decoding.cache import TreeCache
+from paperworks.decoding.cache import TreeCache, layer_count
 from paperworks.decoding.drafter import Committed
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -30,6 +30,7 @@ class DraftModel(Target):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -46,15 +47,19 @@ class DraftModel(Target):
         super().__init__(model)
         self.cache = TreeCache(self.config, batch)
         self.vocabulary = vocabulary
-        self.rows = self.head_rows(vocabulary)
+        self.score = None if vocabulary is None else self.scorer(vocabulary)
         self.forest: TokenTree | None = None
 
     def read(self, committed: Committed, root: Tensor) -> Tensor:
         """Read what was committed since the last call, and `root`; scores behind it, (batch, 1, vocab)."""
         if not any(self.cache.lengths):
             texts = zip(committed.tokens, committed.lengths, root, strict=True)
-            logits, _ = self.prefill([torch.cat([row[:n], last[None]]) for row, n, last in texts], self.cache)
-            return logits[:, None] if self.vocabulary is None else logits[:, None, self.vocabulary]
+            logits, hidden = self.prefill([torch.cat([row[:n], last[None]]) for row, n, last in texts], self.cache)
+            if self.score is None:
+                return logits[:, None]
+            ends = torch.tensor(committed.lengths, device=self.device)
+            self.check_scorer(hidden[torch.arange(len(ends), device=self.device), ends], logits)
+            return logits[:, None, self.vocabulary]
         # The cache ends with the old root, with which `committed` begins; of what follows it, nodes may be there too.
         known = self._keep(committed)
         rows = [
@@ -77,17 +82,28 @@ class DraftModel(Target):
     def _scores(self, tree: TokenTree, known: int) -> Tensor:
         """Scores behind all nodes but the first `known`, which lie in the cache already; nothing is committed."""
         committed = self.cache.lengths[:]
+        read = [length + known for length in committed]
+        tokens = tree.tokens[:, known:]
+        if self.ordered(max(committed) + tree.tokens.shape[1]):
+            if not tree.is_chain:
+                raise ValueError(
+                    f"the draft, a {type(self.model).__name__}, tells places by where keys lie in its cache, and cannot "
+                    "grow branches: draft one sequence, as ConstantBranching((1, 1, 1)) does"
+                )
+            # Read behind what was read before as if it were committed.
+            self.cache.lengths[:] = read
+            logits, hidden = self.read_on(tokens, self.cache)
+            self.cache.lengths[:] = committed
+            return logits if self.score is None else self.score(hidden)
         positions = torch.tensor(committed, device=self.device)[:, None] + tree.depths[:, known:]
-        if self.context is not None:
-            positions = positions.clamp(max=self.context - 1)
         # A mask of its own for these nodes: some CUDA kernels of attention cannot read one that begins inside another.
         mask = self._mask(tree, committed, known)
-        keep = 0 if self.vocabulary is None else torch.empty(0, dtype=torch.long, device=self.device)
+        keep = 0 if self.score is None else torch.empty(0, dtype=torch.long, device=self.device)
         # New nodes go into the slots behind those read before, where the mask expects them.
-        self.cache.lengths[:] = [length + known for length in committed]
-        logits, hidden = self._forward(tree.tokens[:, known:], self.cache, positions, mask, keep)
+        self.cache.lengths[:] = read
+        logits, hidden = self._forward(tokens, self.cache, positions, mask, keep)
         self.cache.lengths[:] = committed
-        return logits if self.vocabulary is None else self.logits(hidden, self.rows)
+        return logits if self.score is None else self.score(hidden)
 
     def _keep(self, committed: Committed) -> list[int]:
         """Commit those nodes of the last tree that were read and then accepted; how many of each row."""
@@ -116,6 +132,7 @@ def first_layers(model: Any, layers: int) -> Any:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
         ... )
@@ -125,7 +142,7 @@ def first_layers(model: Any, layers: int) -> Any:
         (1, True)
     """
     target = Target(model)
-    whole = target.config.num_hidden_layers
+    whole = layer_count(target.config)
     if not isinstance(model, PreTrainedModel) or model.config is not target.config:
         raise ValueError(f"cannot take the first layers of a {type(model).__name__}: give a draft model")
     if not 1 <= layers < whole:

@@ -58,12 +58,27 @@ class Drafter(nn.Module, ABC):
         Args:
             model: The model to draft for.
             options: The constructor's; a `vocabulary` given as a number n stands for the first n tokens.
+
+        Raises:
+            TypeError, ValueError: a model that cannot be a `Target`, a vocabulary of tokens that it does not know, or what
+                the constructor refuses.
         """
         target = Target(model)
         vocabulary = options.pop("vocabulary", None)
         if isinstance(vocabulary, int):
             vocabulary = torch.arange(vocabulary)
+        if vocabulary is not None and not (
+            len(vocabulary) and 0 <= int(vocabulary.min()) <= int(vocabulary.max()) < target.vocab_size
+        ):
+            raise ValueError(
+                f"a draft vocabulary holds at least one token id, all within 0..{target.vocab_size - 1} of this model's head, "
+                f"got {len(vocabulary)} up to {int(vocabulary.max()) if len(vocabulary) else None}"
+            )
         return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
+
+    def check_texts(self, lengths: list[int], new: int) -> None:
+        """Raise ValueError if the drafter cannot read texts of such lengths that get so many new tokens."""
+        return None
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> Any:
         """State of a new generation over `batch` prompts; None for drafters that need none."""
@@ -110,7 +125,7 @@ class Drafter(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module) -> Self:
-        """The drafter saved in `folder`, for the target `model`; device and dtype follow the model.
+        """The drafter saved in `folder`, for the target `model`, ready to draft; device and dtype follow the model.
 
         Raises:
             ValueError: the folder holds no drafter of this class, or one for another model.
@@ -129,4 +144,4 @@ class Drafter(nn.Module, ABC):
             drafter.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(f"the {name} in {folder} was made for another model: {error}") from error
-        return drafter  # type: ignore[return-value]
+        return drafter.eval()  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Self, TypedDict, Unpack
@@ -164,6 +164,7 @@ class DynamicInference(nn.Module):
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> _ = torch.manual_seed(0)
         >>> model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=50)).eval()
         >>> dynamic = DynamicInference(model)
         >>> result = dynamic.generate(torch.tensor([[1, 2, 3]]), exit_threshold=2, stop_threshold=2, eos_token_id=[])
@@ -177,6 +178,7 @@ class DynamicInference(nn.Module):
 
     vocabulary: Tensor | None
     rows: Tensor | None
+    offsets: Tensor | None
     model: Any
 
     def __init__(
@@ -189,6 +191,13 @@ class DynamicInference(nn.Module):
     ) -> None:
         super().__init__()
         target = Target(model)
+        # Tokens are scored from states that leave the layers, which must be such as the head reads.
+        target.check_states()
+        if target.hidden_size != target.config.hidden_size:
+            raise ValueError(
+                f"{type(model).__name__} has a projection between its layers and its head: use a model without one, such as "
+                "Llama, GPT-2 or a larger OPT"
+            )
         if every < 1:
             raise ValueError(f"every must be at least 1, the distance of two decisions in layers, got {every}")
         if head not in ("linear", "tuned"):
@@ -201,9 +210,10 @@ class DynamicInference(nn.Module):
         self.layers = [*range(1, last, every), last]
         self.options = {"every": every, "head": head}
         self.register_buffer("vocabulary", None if vocabulary is None else vocabulary.to(target.device))
-        # A tuned head scores rows of the model's head, copied once; None are all of them.
-        rows = None if self.vocabulary is None or head == "linear" else target.head_rows(self.vocabulary)
-        self.register_buffer("rows", rows, persistent=False)
+        # A tuned head scores with rows of the model's head, copied once; None are all of them.
+        scorer = None if self.vocabulary is None or head == "linear" else target.scorer(self.vocabulary)
+        self.register_buffer("rows", None if scorer is None else scorer.weight, persistent=False)
+        self.register_buffer("offsets", None if scorer is None else scorer.bias, persistent=False)
         words = target.vocab_size if self.vocabulary is None else len(self.vocabulary)
         self.heads = nn.ModuleList(
             _TunedHead(_final_norm(target), size) if head == "tuned" else nn.Linear(size, words, bias=False)
@@ -315,7 +325,10 @@ class DynamicInference(nn.Module):
         if layer == self.layers[-1]:
             return target.logits(hidden)
         scored: Tensor = self.heads[self.layers.index(layer)](hidden)
-        return scored if self.options["head"] == "linear" else target.logits(scored, self.rows)
+        if self.options["head"] == "linear":
+            return scored
+        scorer = target.scorer()
+        return (scorer if self.rows is None else replace(scorer, weight=self.rows, bias=self.offsets))(scored)
 
     def _argmax(self, logits: Tensor, layer: int) -> Tensor:
         """The best token's id, (...,): heads before the last score the tokens of `vocabulary`."""
@@ -437,29 +450,32 @@ class DynamicInference(nn.Module):
             )
         self._check_blocks(blocks)
         dtype = self.controller.weight.dtype if module is self.controller else self.model.dtype
-        module.to(_wide(dtype))
         steps = max(1, round(epochs * len(blocks) / batch_size))
-        optimiser = torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-        history: list[float] = []
-        order: list[Tensor] = []
-        for _ in range(steps):
-            order = order or list(torch.randperm(len(blocks), generator=generator).split(batch_size))
-            optimiser.zero_grad(set_to_none=True)
-            total = 0.0
-            for loss in losses(order.pop(0)):
-                loss.backward()
-                total += loss.item()
-            if not total < float("inf"):
-                raise ValueError(f"the training loss became {total} at step {len(history)}: lower learning_rate")
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            history.append(total)
-            if progress is not None:
-                progress(1)
-        optimiser.zero_grad(set_to_none=True)
-        module.to(dtype)
+        try:
+            module.to(_wide(dtype))
+            optimiser = torch.optim.AdamW(module.parameters(), learning_rate, weight_decay=weight_decay)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+            history: list[float] = []
+            order: list[Tensor] = []
+            for _ in range(steps):
+                order = order or list(torch.randperm(len(blocks), generator=generator).split(batch_size))
+                optimiser.zero_grad(set_to_none=True)
+                total = 0.0
+                for loss in losses(order.pop(0)):
+                    loss.backward()
+                    total += loss.item()
+                if not total < float("inf"):
+                    raise ValueError(f"the training loss became {total} at step {len(history)}: lower learning_rate")
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
+                history.append(total)
+                if progress is not None:
+                    progress(1)
+        finally:
+            for parameter in module.parameters():
+                parameter.grad = None
+            module.to(dtype)
         return history
 
     # Saving
@@ -494,11 +510,14 @@ class DynamicInference(nn.Module):
 
 
 def _final_norm(target: Target) -> nn.Module:
-    """The norm between the last layer and the head."""
-    for name in ("norm", "ln_f"):
-        if isinstance(norm := getattr(target.base, name, None), nn.Module):
-            return norm
-    raise ValueError(f"{type(target.model).__name__} has no final norm that is known: use head='linear'")
+    """The norm between the last layer and the head: the only one beside the layers, or the one behind them."""
+    parts = list(target.base.children())
+    norms = [part for part in parts if "norm" in type(part).__name__.lower()]
+    if len(norms) > 1:
+        norms = [norm for norm in norms if parts.index(norm) > parts.index(layers_of(target))]
+    if len(norms) != 1:
+        raise ValueError(f"{type(target.model).__name__} has no final norm that is known: use head='linear'")
+    return norms[0]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

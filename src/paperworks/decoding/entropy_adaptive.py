@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.options import as_criteria
 from paperworks.decoding.sampling import Sampling, check_logits, draw
 from paperworks.decoding.target import Target
-from paperworks.decoding.tree import TokenTree
 
 Model = Literal["small", "large"]
 
@@ -222,6 +222,7 @@ class EntropyAdaptiveDecoding:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, vocab_size=50)
         >>> small = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).eval()
         >>> large = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).eval()
@@ -268,7 +269,8 @@ class EntropyAdaptiveDecoding:
             top_p: Sample among the most likely tokens that make up this probability.
             eos_token_id: Token or tokens that end the text, [] for none; if None, those of both models' generation
                 configs.
-            stopping_criteria: One of transformers' or a list of them, such as `StopStringCriteria`; sees the joint text.
+            stopping_criteria: One of transformers' or a list of them, such as `StopStringCriteria`; sees the joint text, and
+                the logits of its last token.
             generator: Source of randomness, on the device of `input_ids`.
 
         Raises:
@@ -284,6 +286,7 @@ class EntropyAdaptiveDecoding:
             check_lengths(reader.target, prompts, max_new_tokens)
             ends |= end_tokens(reader.target.model, eos_token_id)
         sampling, switch = Sampling(temperature, top_k, top_p), copy.deepcopy(self.switch)
+        criteria = as_criteria(stopping_criteria)
         length = len(prompts[0])
         text = torch.cat([prompts[0], prompts[0].new_zeros(max_new_tokens)])
         models: list[Model] = []
@@ -303,7 +306,7 @@ class EntropyAdaptiveDecoding:
             models.append(switch.writer)
             rolling.append(switch.rolling)
             sequence = text[None, : length + len(models)]
-            if int(token) in ends or (stopping_criteria is not None and bool(stopping_criteria(sequence, logits))):
+            if int(token) in ends or (criteria and bool(criteria(sequence, (logits,)).any())):
                 break
         usages = [reader.usage for reader in readers.values()]
         return SwitchedGeneration(sequence, [sequence[0, length:].tolist()], models, entropies, rolling, *usages)
@@ -382,10 +385,8 @@ class _Reader:
         target, known = self.target, self.cache.lengths[0]
         missed = text[None, known:].to(target.device)
         line = torch.arange(missed.shape[1], device=target.device)[None]
-        # The model knows by itself how to read on, but for layers with a window, which count from the cache's end.
-        mask = target._mask(TokenTree.chain(missed), self.cache.lengths) if target.windowed else None
         # Of the tokens that were missed only the last one's law is wanted.
-        logits = target._forward(missed, self.cache, known + line, mask, keep=1)[0][:, -1, : self.vocabulary]
+        logits = target.read_on(missed, self.cache, keep=1)[0][:, -1, : self.vocabulary]
         self.cache.commit(line, [missed.shape[1]])
         check_logits(logits)
         self.usage.passes += 1

@@ -13,7 +13,7 @@ from paperworks.decoding.cache import TreeCache
 from paperworks.decoding.draft_layer import DraftLayer
 from paperworks.decoding.drafter import Committed, Drafter
 from paperworks.decoding.sampling import Sampling
-from paperworks.decoding.target import Target
+from paperworks.decoding.target import Head, Target
 from paperworks.decoding.training import Prediction, distillation_loss
 from paperworks.decoding.tree import TokenTree
 
@@ -49,11 +49,14 @@ class FeatureSampling(nn.Module):
 
 
 class FeatureLayer(DraftLayer):
-    """EAGLE's decoder layer: no norm before its attention."""
+    """EAGLE's decoder layer: no norm before its attention, where the architecture has one."""
 
     def __init__(self, target: Target, layers: int = 1) -> None:
         super().__init__(target, layers)
-        self.model.layers[0].input_layernorm = nn.Identity()
+        first = self.layers[0]
+        for name in ("input_layernorm", "ln_1", "self_attn_layer_norm", "attention_layernorm", "layernorm1"):
+            if hasattr(first, name):
+                setattr(first, name, nn.Identity())
 
 
 class FSPAD(Drafter):
@@ -94,6 +97,7 @@ class FSPAD(Drafter):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -150,6 +154,7 @@ class FSPAD(Drafter):
             "teacher_weight": teacher_weight,
             "noise": noise,
         }
+        target.check_states()
         self.register_buffer("vocabulary", vocabulary)
         # Embeddings are an order of magnitude smaller than features; a constant that the linear layer could take in
         # brings them to unit size, so that both train at one learning rate.
@@ -181,21 +186,21 @@ class FSPAD(Drafter):
         }
 
     class State(NamedTuple):
-        """Of one generation: the target, rows of its head, and the draft layer's cache."""
+        """Of one generation: the target, its head for the tokens drafted, and the draft layer's cache."""
 
         target: Target
-        rows: Tensor
+        scorer: Head
         cache: TreeCache
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
-        """Look up the rows of the target's head that score drafts, and open a cache."""
-        return self.State(target, target.head_rows(self.vocabulary), self.layer.new_cache(batch))
+        """Look up what of the target's head scores drafts, and open a cache."""
+        return self.State(target, target.scorer(self.vocabulary), self.layer.new_cache(batch))
 
     def propose(
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
     ) -> TokenTree:
         """Catch up with the target's features, then grow the tree level by level and keep its best nodes."""
-        target, rows, cache = state
+        target, scorer, cache = state
         # Each feature goes with the token after it; behind a row's last one comes the root.
         ends = torch.tensor(committed.lengths, device=root.device).clamp(min=1)[:, None] - 1
         following = committed.tokens.roll(-1, dims=1).scatter(1, ends, root[:, None])
@@ -213,9 +218,9 @@ class FSPAD(Drafter):
         expanded, confidence = torch.zeros_like(behind), torch.zeros_like(behind)
         met, drafted = 1, 0
         for depth in range(self.depth):
-            law = self._logits(target, output, rows)
+            law = scorer(output)
             law = (law if law.dtype == torch.float64 else law.float()).log_softmax(-1)
-            chances, best = law.topk(min(self.top_k, len(rows)))
+            chances, best = law.topk(min(self.top_k, law.shape[-1]))
             tokens.append((best if self.vocabulary is None else self.vocabulary[best]).flatten(1))
             parents.append(expanded.repeat_interleave(best.shape[2], dim=1))
             confidences.append((confidence[..., None] + chances).flatten(1))
@@ -253,9 +258,6 @@ class FSPAD(Drafter):
         """The estimate of the target's next feature, which is matched in training and fed on in drafting."""
         return output if self.align is None else self.align(output)
 
-    def _logits(self, target: Target, output: Tensor, rows: Tensor) -> Tensor:
-        return target.logits(output, rows.to(output.dtype))
-
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What one pass of the draft layer says at every position whose label may be used: a single depth."""
         # Position t reads feature t and token t + 1; its label is token t + 2.
@@ -267,7 +269,7 @@ class FSPAD(Drafter):
             features = features + span * (2 * torch.rand_like(features) - 1)
         output = self.layer(self._joined(target, features, tokens[:, 1:-1]))[labelled]
         yield Prediction(
-            logits=self._logits(target, output, target.head_rows(self.vocabulary)),
+            logits=target.logits(output, self.vocabulary),
             labels=tokens[:, 2:][labelled],
             positions=labelled.nonzero() + torch.tensor([0, 1], device=tokens.device),
             state=self._feature(output),

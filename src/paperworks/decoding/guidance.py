@@ -58,6 +58,7 @@ class ClassifierFreeGuidance(nn.Module):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> from paperworks.decoding import generate
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
@@ -75,6 +76,11 @@ class ClassifierFreeGuidance(nn.Module):
                 f"{type(model).__name__} caps its logits, so that guiding its states is not guiding its logits: use a "
                 "model with a linear head"
             )
+        if not target.takes_positions or target.ordered(1):
+            raise ValueError(
+                f"{type(model).__name__} tells places by where keys lie in its cache: guide a model that takes position ids, "
+                "such as Llama or OPT"
+            )
         if not 0 <= scale < float("inf"):
             raise ValueError(f"scale must be a number of at least 0, got {scale}")
         tokens = torch.tensor([*condition, null], device=target.device)
@@ -86,6 +92,8 @@ class ClassifierFreeGuidance(nn.Module):
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = 2 * self.config.layer_types
         self.generation_config = getattr(model, "generation_config", None)
+        # As the model has it, for those who score its states.
+        self.logit_scale = getattr(model, "logit_scale", None)
         self.base_model = _Guided(model.base_model, target.config.num_hidden_layers, tokens[:-1], null, scale)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -100,6 +108,7 @@ class ClassifierFreeGuidance(nn.Module):
         self,
         input_ids: Tensor,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
@@ -108,9 +117,11 @@ class ClassifierFreeGuidance(nn.Module):
         Args:
             input_ids: (batch, length).
             past_key_values: A cache with twice the model's layers, such as `TreeCache(self.config, batch)`.
+            position_ids: Where the tokens stand.
             logits_to_keep: The last so many positions, all if 0, or the positions.
-            **options: Mask, positions and others, for both runs alike.
+            **options: Mask and others, for both runs alike.
         """
-        (states,) = self.base_model(input_ids, past_key_values=past_key_values, **options)
+        (states,) = self.base_model(input_ids, past_key_values=past_key_values, position_ids=position_ids, **options)
         kept = states[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else states[:, logits_to_keep]
-        return CausalLMOutputWithPast(logits=self.get_output_embeddings()(kept), past_key_values=past_key_values)
+        logits = Target(self.model).scorer().finish(self.get_output_embeddings()(kept))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

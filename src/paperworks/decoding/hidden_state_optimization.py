@@ -27,7 +27,9 @@ class HiddenStateOptimization:
 
     change the states of all tokens up to there, those of the window included, and the next window is predicted with the
     improved states. No token is ever predicted by states that have seen it. Keys keep the positions they were made
-    with. Reading takes two to three times as long, and the two moments of Adam twice the memory of the cache.
+    with. Reading takes two to three times as long, and the two moments of Adam twice the memory of the cache. A model in
+    half precision reads with it, but its states are kept and changed in float32: most steps are smaller than what half
+    precision tells apart.
 
     Args:
         model: A transformers causal LM (Llama, Qwen2, Qwen3, Gemma3 and others alike).
@@ -46,6 +48,7 @@ class HiddenStateOptimization:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -304,7 +307,8 @@ class _Descent:
 class _StateLayer(_TreeLayer):
     """A layer's keys and values, to each of which a pass adds an offset that gradients are taken for.
 
-    The new tokens' own states have one too. A gradient counts all that a state does, to the layers above as well.
+    The new tokens' own states have one too. A gradient counts all that a state does, to the layers above as well. States
+    and offsets are in float32 at least, whatever the model reads with.
     """
 
     def __init__(self, lengths: list[int]) -> None:
@@ -314,10 +318,13 @@ class _StateLayer(_TreeLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states)
+        wide = torch.promote_types(key_states.dtype, torch.float32)
+        keys, values = super().update(key_states.to(wide), value_states.to(wide))
         if torch.is_grad_enabled() and not self.offsets:
             self.offsets = [torch.zeros_like(states, requires_grad=True) for states in (keys, values)]
-        return (keys + self.offsets[0], values + self.offsets[1]) if self.offsets else (keys, values)
+        if self.offsets:
+            keys, values = keys + self.offsets[0], values + self.offsets[1]
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
 
 
 class _StateCache(TreeCache):

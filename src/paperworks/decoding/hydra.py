@@ -74,11 +74,12 @@ class Hydra(Drafter):
         noise: NEFT-style uniform noise on states and embeddings in training, alpha / sqrt(length * d).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, a tree deeper than there are heads or wider than the vocabulary.
         TypeError, ValueError: a model that cannot be a `Target`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -127,7 +128,9 @@ class Hydra(Drafter):
             "state_weight": state_weight,
             "noise": noise,
         }
+        target.check_states()
         self.register_buffer("vocabulary", vocabulary)
+        self.scored = target.vocab_size if vocabulary is None else len(vocabulary)
         # Embeddings are an order of magnitude smaller than states. A constant, which the heads' first weights could take
         # in, brings them to unit size, so that both train at one learning rate.
         embeddings = target.embed(torch.arange(target.vocab_size, device=target.device)[:4096])
@@ -135,15 +138,15 @@ class Hydra(Drafter):
         self.heads = nn.ModuleList(
             _Head((i + 2) * size if self.conditioned else size, size, layers, dropout) for i in range(heads)
         )
-        self.tree = TreeShape(tree) if tree is not None else TreeShape.best(_PRIOR[:heads], 63)
+        self.tree = TreeShape(tree) if tree is not None else TreeShape.best(_PRIOR[:heads, : self.scored], 63)
         self.prefix = DraftLayer(target) if prefix_layer else None
         self.scorers: nn.ModuleList | None = None
         if not tie_lm_head:
-            rows = target.head_rows(vocabulary)
-            scorers = [nn.Linear(size, len(rows)) for _ in range(heads)]
+            start = target.scorer(vocabulary)
+            scorers = [nn.Linear(size, len(start.weight)) for _ in range(heads)]
             for scorer in scorers:
-                scorer.weight.data.copy_(rows)
-                nn.init.zeros_(scorer.bias)
+                scorer.weight.data.copy_(start.weight)
+                nn.init.zeros_(scorer.bias) if start.bias is None else scorer.bias.data.copy_(start.bias)
             self.scorers = nn.ModuleList(scorers)
 
     @property
@@ -157,6 +160,8 @@ class Hydra(Drafter):
             raise ValueError(
                 f"the tree is {tree.depth} deep but there are {len(self.heads)} heads: use at most one level a head"
             )
+        if (width := max((level.width for level in tree.levels), default=0)) > self.scored:
+            raise ValueError(f"the tree wants the best {width} tokens but only {self.scored} are scored: give a tree")
         self._tree = tree
 
     @property
@@ -179,12 +184,14 @@ class Hydra(Drafter):
 
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """Look up the rows of the target's head that score drafts."""
-        score: Score | None
+        head = target.scorer(self.vocabulary)
+        score: Score | None = None
         if self.scorers is None and self.vocabulary is not None:
             # Few rows; to pack a whole head for each generation could cost more than it saves.
-            score = packed_scorer(target.head_rows(self.vocabulary))
-        else:
-            score = self._head_score(target)
+            score = packed_scorer(head.weight, head.bias)
+        elif self.scorers is None:
+            score = head
+        # Scale and cap leave the best tokens the best: where only those are wanted they can be left out.
         return self.State(target, score, self.prefix.new_cache(batch) if self.prefix is not None else None)
 
     def propose(
@@ -219,13 +226,6 @@ class Hydra(Drafter):
     def _embed(self, target: Target, tokens: Tensor) -> Tensor:
         return target.embed(tokens) * self.embedding_scale
 
-    def _head_score(self, target: Target) -> Score | None:
-        """Scoring by the target's head, where the draft heads have no scorers of their own."""
-        if self.scorers is not None:
-            return None
-        rows = target.head_rows(self.vocabulary)
-        return lambda u: F.linear(u, rows.to(u.dtype))
-
     def _scores(self, head: int, u: Tensor, score: Score | None) -> Tensor:
         if self.scorers is not None:
             return self.scorers[head](u)  # type: ignore[no-any-return]
@@ -234,7 +234,7 @@ class Hydra(Drafter):
 
     def predictions(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Iterator[Prediction]:
         """What each head says at every position whose label may be used, given the true tokens before it."""
-        score = self._head_score(target)
+        scorer = target.scorer(self.vocabulary)
         embedded = self._embed(target, tokens).to(hidden.dtype)
         if self.training and self.options["noise"]:
             scale = self.options["noise"] / (hidden.shape[1] * hidden.shape[2]) ** 0.5
@@ -252,7 +252,7 @@ class Hydra(Drafter):
                 parts += [embedded[:, 1 + j : 1 + j + length] for j in range(i + 1)]
             u = head(torch.cat([part[labelled] for part in parts], dim=-1))
             yield Prediction(
-                logits=self._scores(i, u, score),
+                logits=scorer(u) if self.scorers is None else scorer.finish(self.scorers[i](u)),
                 labels=tokens[:, 2 + i :][labelled],
                 positions=labelled.nonzero() + torch.tensor([0, 1 + i], device=tokens.device),
                 state=u,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import copy
+from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from paperworks.decoding.cache import TreeCache
-from paperworks.decoding.target import Target, tree_mask
-from paperworks.decoding.tree import TokenTree
+from paperworks.decoding.cache import TreeCache, layer_count
+from paperworks.decoding.target import Target
 
 
 class Action(IntEnum):
@@ -86,18 +86,15 @@ def read_token(target: Target, token: Tensor, cache: ExitCache, policy: Policy) 
             raise _BrokenOff
         return passed_on
 
-    last, mask = len(layers_of(target)), None
-    if target.window is not None:
-        near = tree_mask(TokenTree.chain(token), cache.lengths, target.dtype, target.window)
-        mask = {"full_attention": None, "sliding_attention": near}
+    last = len(layers_of(target))
     position = torch.tensor([[cache.lengths[0]]], device=token.device)
     try:
-        with _replaced(target, run), suppress(_BrokenOff):
-            output = target.base(
-                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
+        with suppress(_BrokenOff):
+            output = _double(target, run)(**target.inputs(token, position), past_key_values=cache, use_cache=True)
     finally:
         cache.only_store = False
+    if passed_on is None:
+        raise _not_found(target)
     return ended or Ended(Action.CONTINUE, last, output.last_hidden_state)
 
 
@@ -120,8 +117,9 @@ def layer_outputs(target: Target, tokens: Tensor, layers: list[int]) -> tuple[Te
             seen.append(_hidden(output))
         return output
 
-    with _replaced(target, run):
-        final = target.base(input_ids=tokens, use_cache=False).last_hidden_state
+    final = _double(target, run)(input_ids=tokens, use_cache=False).last_hidden_state
+    if len(seen) < len(layers) or any(hidden.shape != final.shape for hidden in seen):
+        raise _not_found(target)
     return torch.stack(seen), final
 
 
@@ -131,12 +129,17 @@ def layers_of(target: Target) -> Any:
     Raises:
         ValueError: they do not stand in one list.
     """
-    count = target.config.num_hidden_layers
+    count = layer_count(target.config)
     for module in target.base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(
-        f"{type(target.model).__name__} has no list of its {count} layers: use a model such as Llama, Qwen3 or GPT-2"
+    raise _not_found(target)
+
+
+def _not_found(target: Target) -> ValueError:
+    return ValueError(
+        f"{type(target.model).__name__} has no list of its {layer_count(target.config)} layers, each of which makes a state of "
+        "the next: use a model such as Llama, Qwen3 or GPT-2"
     )
 
 
@@ -144,20 +147,31 @@ class _BrokenOff(Exception):
     """The rest of a layer, or of the pass, is not wanted."""
 
 
-@contextmanager
-def _replaced(target: Target, run: Callable[..., Any]) -> Iterator[None]:
-    """Put `run(layer, forward, ...)` in the place of each layer's forward."""
-    blocks = layers_of(target)
-    before = [vars(block).get("forward") for block in blocks]
-    for layer, block in enumerate(blocks, 1):
-        block.forward = partial(run, layer, block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+def _double(target: Target, run: Callable[..., Any]) -> Any:
+    """The base model with `run(layer, forward, ...)` in the place of each layer's forward.
+
+    The model is shared, and stays as it is: layers, and modules on the way to them, are shallow copies, which have all in
+    common with the model's but the layers below them.
+    """
+    layers = layers_of(target)
+    doubles: list[Any] = [copy.copy(layer) for layer in layers]
+    for number, (double, layer) in enumerate(zip(doubles, layers, strict=True), 1):
+        # The layer's own, with whatever others have put around it.
+        double.forward = partial(run, number, layer.forward)
+    path = next(name for name, module in target.base.named_modules() if module is layers).split(".")
+
+    def on_the_way(module: Any, names: list[str]) -> Any:
+        double = copy.copy(module)
+        # What stands around this forward would lead back to the model's own layers.
+        vars(double).pop("forward", None)
+        if names:
+            below = on_the_way(getattr(module, names[0]), names[1:])
+            double._modules = {**module._modules, names[0]: below}
+        else:
+            double._modules = dict(zip(module._modules, doubles, strict=True))
+        return double
+
+    return on_the_way(target.base, path)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -206,6 +206,7 @@ class RecursiveSpeculation(Drafter):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
         ... )
@@ -297,6 +298,16 @@ class RecursiveSpeculation(Drafter):
         sampling: Sampling
         vocab_size: int
 
+    def check_texts(self, lengths: list[int], new: int) -> None:
+        """Raise ValueError for texts longer than the draft's context, where it would draft nonsense or fail."""
+        draft, longest = Target(self.draft), max(lengths) + new
+        if draft.context is not None and longest > draft.context:
+            raise ValueError(
+                f"a text may have {longest} tokens, but the draft model's context holds {draft.context}: lower "
+                "max_new_tokens, or take a draft with a longer context"
+            )
+        draft.check_texts(lengths, new)
+
     def start(self, target: Target, batch: int, sampling: Sampling) -> State:
         """An empty cache for the draft model."""
         return self.State(DraftModel(self.draft, batch, self.vocabulary), sampling, target.vocab_size)
@@ -305,6 +316,12 @@ class RecursiveSpeculation(Drafter):
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
     ) -> TokenTree:
         """Draw the tree depth by depth; the draft reads all nodes of a depth in one pass."""
+        known = len(state.draft.embedding.weight)
+        if known < state.vocab_size and (last := max(int(committed.tokens.max()), int(root.max()))) >= known:
+            raise ValueError(
+                f"the text holds token {last}, but the draft model knows only 0..{known - 1}: draft with a model of the "
+                "target's tokenizer"
+            )
         greedy = state.sampling.greedy
         warper = Sampling(temperature=1.0) if greedy else state.sampling
         nothing = torch.zeros(len(root), 1, dtype=torch.float64, device=root.device)
@@ -333,8 +350,12 @@ class RecursiveSpeculation(Drafter):
             return
         draft = Target(self.draft)
         state = draft.base(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[labelled]
-        rows = draft.head.weight if self.vocabulary is None else draft.head.weight[self.vocabulary]
-        yield Prediction(draft.logits(state, rows), tokens[:, 1:][labelled], labelled.nonzero(), state)
+        # With gradient, unlike `Target.logits`: the draft's head is trained too.
+        weight, bias = draft.head.weight, getattr(draft.head, "bias", None)
+        if self.vocabulary is not None:
+            weight, bias = weight[self.vocabulary], None if bias is None else bias[self.vocabulary]
+        scorer = replace(draft.scorer(self.vocabulary), weight=weight, bias=bias)
+        yield Prediction(scorer(state), tokens[:, 1:][labelled], labelled.nonzero(), state)
 
     def loss(self, target: Target, tokens: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy of the draft's law with the target's, averaged over positions."""

@@ -48,7 +48,8 @@ class RelaxedAcceptance(Exact):
     "tv": S is then the total variation between the target's law p and the law p_x that judges x), or to
     S <= (delta - 1) p(x) (mode "ratio", of LANTERN++). p_x has the mass of A(x) moved onto x. A draft from q is accepted
     with probability min(1, p_x(x) / q(x)), and after a rejection p becomes the normalised positive part of p_x - q. At
-    temperature 0 a draft is kept when p(x) + S reaches the largest probability.
+    temperature 0 a draft is kept when p(x) + S reaches the largest probability. A code that a logits processor rules out is
+    not accepted for its neighbours' sake.
 
     The bound is for one judgement, not for the output, whose law may lie further from the target's. With `delta=0` (1
     in mode "ratio") or `neighbours=0` acceptance is exact.
@@ -66,6 +67,7 @@ class RelaxedAcceptance(Exact):
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> from paperworks.decoding import Hydra, generate
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20
@@ -130,6 +132,8 @@ class RelaxedAcceptance(Exact):
         taken, _ = self._taken(above, tokens)
         moved = taken.sum(-1)
         reaches = (moved > 0) & (above.gather(1, tokens[:, None])[:, 0] + moved >= above.amax(-1))
+        rows = torch.arange(batch, device=logits.device)[:, None]
+        reaches &= (logits[rows, parents, tree.tokens] > -torch.inf).flatten()
         agreed = (tree.tokens == choice.gather(1, parents)) | reaches.view(batch, nodes)
         accepted = longest_path(tree, agreed)
         return accepted._replace(next_tokens=_at_end(accepted, choice))

@@ -30,7 +30,7 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not (self.temperature == 0 or torch.finfo(torch.float32).tiny <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep every token")
@@ -46,13 +46,14 @@ class Sampling:
         """Law of the next token, (..., vocab), in float32, or float64 for float64 logits.
 
         Raises:
-            ValueError: the logits hold NaN.
+            ValueError: the logits make no law, see `check_logits`.
         """
         check_logits(logits)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / self.temperature
+        # From the largest on, or a low temperature would make infinite numbers of them.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -65,12 +66,18 @@ class Sampling:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raise ValueError if the model returned NaN."""
-    if bool(logits.amax(-1).isnan().any()):
+    """Raise ValueError if logits (..., vocab) make no law: NaN, an infinite one, or no token that is possible."""
+    largest = logits.amax(-1)
+    if bool(largest.isfinite().all()):
+        return
+    if bool((largest == -torch.inf).any()):
         raise ValueError(
-            "the model returned NaN logits: its weights or its dtype overflow; try float32 or bfloat16 instead of "
-            f"{str(logits.dtype).removeprefix('torch.')}, or check the checkpoint"
+            "no token is possible, all logits are minus infinity: check the logits processors and the model's weights"
         )
+    raise ValueError(
+        f"the model returned {'NaN' if bool(largest.isnan().any()) else 'infinite'} logits: its weights or its dtype "
+        "overflow; load it in float32, or in bfloat16 where it is float16, or check the checkpoint"
+    )
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
 from paperworks.decoding.ngram import NGramModel
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
-from paperworks.decoding.tree import TokenTree
 
 # Added to the score of a token that the n-gram model rules out. Finite, so that there are k drafts even where it leaves
 # fewer, in the order of what the model says.
@@ -73,6 +71,7 @@ class SuperposedDecoding:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -282,18 +281,9 @@ def superpose(embeddings: Tensor, scores: Tensor) -> Tensor:
 def _read(target: Target, cache: TreeCache, embedding: Tensor) -> Tensor:
     """Let the model read one embedding a row (batch, d) for good; the logits behind it (batch, vocab)."""
     batch = len(embedding)
-    one = torch.zeros(batch, 1, dtype=torch.long, device=target.device)
-    even = len(set(cache.lengths)) == 1 and not target.windowed
-    output: Any = target.model(
-        inputs_embeds=embedding[:, None],
-        attention_mask=None if even else target._mask(TokenTree.chain(one), cache.lengths),
-        position_ids=torch.tensor(cache.lengths, device=target.device)[:, None],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    target._seen.clear()
-    cache.commit(one, [1] * batch)
-    return output.logits[:, -1]
+    logits, _ = target.read_on(embedding[:, None], cache)
+    cache.commit(torch.zeros(batch, 1, dtype=torch.long, device=target.device), [1] * batch)
+    return logits[:, -1]
 
 
 def _result(beam: Beam, input_ids: Tensor, target_calls: int) -> Drafts:

@@ -241,6 +241,7 @@ class TemporalFusion:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> _ = torch.manual_seed(0)
         >>> config = LlamaConfig(
         ...     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
         ... )
@@ -375,13 +376,22 @@ class TemporalFusion:
                 return
             self._slots[slot] = handle
             self._cache.show(slot, slot + 1)
-            self.statistics.prefills += 1
             outcome: int | Exception
             try:
                 logits, _ = self.target.prefill([handle.prompt], self._cache)
+                self.statistics.prefills += 1
                 outcome = self._choose(logits, [handle])[0]
             except Exception as error:
                 outcome = error
+            except BaseException:
+                # Whoever interrupts the step (Ctrl-C) may go on with the next, and the request with it.
+                self._slots[slot] = None
+                self._cache.clear(slot)
+                with self._lock:
+                    if not handle.done:
+                        handle.status = "waiting"
+                        self._waiting.appendleft(handle)
+                raise
             with self._lock:
                 handle._take(outcome)
             self._leave()
@@ -518,10 +528,13 @@ class TemporalFusion:
                     return
             try:
                 self.step()
-            except Exception as error:
+            except BaseException as error:
                 # Not of a request but of the server itself: nobody may wait for it for ever.
+                failure = (
+                    error if isinstance(error, Exception) else RuntimeError(f"the server was stopped by {error!r}")
+                )
                 with self._lock:
                     self._closed = True
                     for handle in [*self._open]:
-                        handle._take(error)
+                        handle._take(failure)
                 raise

@@ -238,6 +238,7 @@ def collect(
         mask[row, len(context) : len(sequence)] = True
     # Sequences of like length together, so that little padding is computed.
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+    batch_size = 1 if target.ordered(length) else batch_size
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         prompts = [torch.tensor(sequences[row]) for row in rows]
@@ -270,9 +271,8 @@ def distillation_loss(
     asked, which = torch.cat([prediction.positions for prediction in predictions]).unique(dim=0, return_inverse=True)
     states = hidden[asked[:, 0], asked[:, 1]]
     if teacher_weight:
-        rows = target.head_rows(vocabulary).to(hidden.dtype)
         with torch.no_grad():
-            laws = target.logits(states, rows).float().softmax(-1)
+            laws = target.logits(states, vocabulary).float().softmax(-1)
     if vocabulary is not None and label_weight:
         place = torch.full((target.vocab_size,), -100, device=hidden.device)
         place[vocabulary] = torch.arange(len(vocabulary), device=hidden.device)
@@ -368,13 +368,11 @@ def train_drafter(
     if epochs <= 0 or batch_size < 1 or learning_rate <= 0:
         raise ValueError("epochs and learning_rate must be positive and batch_size at least 1")
     target = Target(model)
+    # The teacher's law is scored anew from its states.
+    target.check_states()
     dtype = next(drafter.parameters()).dtype
     mixed = dtype != torch.float64 and multiplies_bfloat16(target.device)
-    drafter.float().train()
     steps = max(1, round(epochs * len(data) / batch_size))
-    optimiser = torch.optim.AdamW(
-        drafter.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-    )
     rising = max(1, round(warmup * steps))
 
     def rate(step: int) -> float:
@@ -383,28 +381,40 @@ def train_drafter(
         cosine = (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
         return final_fraction + (1 - final_fraction) * cosine
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     losses: list[float] = []
     batches = _batches(data, batch_size, generator)
-    for _ in range(steps):
-        rows = next(batches)
-        longest = int(data.mask[rows].any(0).nonzero().max()) + 1
-        tokens, hidden, mask = (
-            part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
+    try:
+        drafter.float().train()
+        optimiser = torch.optim.AdamW(
+            drafter.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
         )
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
-            loss = drafter.loss(target, tokens, hidden.float(), mask)
-        if not bool(loss.isfinite()):
-            raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(loss.item())
-        if progress is not None:
-            progress(1)
-    drafter.to(dtype).eval()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+        for _ in range(steps):
+            rows = next(batches)
+            labelled = data.mask[rows].any(0).nonzero()
+            longest = int(labelled.max()) + 1 if len(labelled) else 1
+            tokens, hidden, mask = (
+                part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
+            )
+            with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
+                loss = drafter.loss(target, tokens, hidden.float(), mask)
+            if not bool(loss.isfinite()):
+                raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")
+            optimiser.zero_grad(set_to_none=True)
+            # Texts shorter than the drafter looks ahead teach nothing.
+            if loss.requires_grad:
+                loss.backward()
+            nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+            if progress is not None:
+                progress(1)
+    finally:
+        # The draft model of RecursiveSpeculation may be somebody's own, and training may be interrupted.
+        for parameter in drafter.parameters():
+            parameter.grad = None
+        drafter.to(dtype).eval()
     return losses
 
 
@@ -426,6 +436,8 @@ def rank_accuracy(
 ) -> Tensor:
     """How often the token of each rank is the right one, with the true tokens before it: (depth, ranks).
 
+    There are no more ranks than the drafter scores tokens.
+
     Right is the token that came; with `greedy` it is the target's most likely one, where all tokens before it on the
     path were so too: what greedy decoding accepts, also on text that was sampled.
     """
@@ -442,11 +454,11 @@ def rank_accuracy(
         for depth, prediction in enumerate(drafter.predictions(target, tokens, hidden, mask)):
             row, index = prediction.positions.T
             counted = on_path[row, index]
-            best = prediction.logits[counted].topk(ranks).indices
+            best = prediction.logits[counted].topk(min(ranks, prediction.logits.shape[1])).indices
             best = best if drafter.vocabulary is None else drafter.vocabulary[best]
             wanted = (choice[row, index] if greedy else prediction.labels)[counted]
             if depth == len(hits):
-                hits.append(torch.zeros(ranks, dtype=torch.long))
+                hits.append(torch.zeros(best.shape[1], dtype=torch.long))
                 seen.append(0)
             hits[depth] += (best == wanted[:, None]).sum(0).cpu()
             seen[depth] += len(best)

@@ -90,6 +90,24 @@ class TokenTree:
         probs = None if self.draft_probs is None else self.draft_probs[:, keep]
         return TokenTree(self.tokens[:, keep], parents, probs, self.draw)
 
+    def first_path(self) -> TokenTree:
+        """The root, its first child, of that the first child and so on, of a batch of one tree.
+
+        Example:
+            >>> tree = TokenTree(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-1, 0, 0, 1]]))
+            >>> tree.first_path().tokens.tolist()
+            [[5, 6, 8]]
+        """
+        (parents,) = self.parents.tolist()
+        path = [0]
+        for node, parent in enumerate(parents):
+            if parent == path[-1]:
+                path.append(node)
+        chain = TokenTree.chain(self.tokens[:, path])
+        if self.draft_probs is None:
+            return chain
+        return TokenTree(chain.tokens, chain.parents, self.draft_probs[:, path], self.draw)
+
 
 class TreeShape:
     """A fixed set of paths, path (r0, r1, ..) meaning "the child of rank r0, of that the child of rank r1, ..".
