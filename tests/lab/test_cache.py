@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from paperworks.errors import UsageError
+from paperworks.lab import cache as module
 from paperworks.lab.cache import cached_folder, folders_used, pack
 
 
@@ -147,6 +151,32 @@ def test_of_processes_that_build_at_once_all_hand_out_the_same_folder(tmp_path, 
         builder.join()
     assert len(read) == 1
     assert len(list((tmp_path / "paperworks" / "things").glob("damaged-*"))) == damaged
+
+
+def test_nobody_looks_while_another_puts_a_folder_in_place_of_a_damaged_one(tmp_path, monkeypatch):
+    folder = cached_folder("things", {"a": 1}, Builder())
+    (folder / "manifest.json").unlink()
+    both, intact = threading.Barrier(2), module._intact
+
+    def looked(place: Path, text: str) -> bool:
+        found = intact(place, text)
+        # Where both could look before either has put its own there, the later would take the other's for the damaged one.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(2)
+        return found
+
+    fresh = [folder.parent / name for name in ("building-1", "building-2")]
+    for place in fresh:
+        place.mkdir()
+        (place / "manifest.json").write_text(json.dumps({"key": "{}", "files": {}}))
+    monkeypatch.setattr(module, "_intact", looked)
+    threads = [threading.Thread(target=module._put, args=(place, folder, "{}")) for place in fresh]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(folder.parent.glob("damaged-*/*"))) == 1
+    assert [place.exists() for place in fresh].count(True) == 1
 
 
 def test_what_a_killed_build_left_is_removed_after_a_week(tmp_path):

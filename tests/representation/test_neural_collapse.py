@@ -204,6 +204,28 @@ def test_nc4_heeds_the_bias():
     assert computed(features, labels, weight, torch.tensor([0.0, 3.0]))["nc4"] == 0.5
 
 
+def test_nc3_takes_the_means_as_they_are_or_centred():
+    generator = torch.Generator().manual_seed(0)
+    means, labels = simplex(4, 6, generator), torch.arange(4).repeat(2)
+    # The classifier is along the centred means, and far from the means themselves.
+    assert computed(means[labels] + 3, labels, means)["nc3"] < 1e-12
+
+
+def test_nc4_is_of_the_nearest_mean_whatever_its_length():
+    features = torch.tensor([[-0.1], [0.1], [0.9], [1.1], [9.9], [10.1]])
+    labels, weight = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([[0.0], [1.0], [10.0]])
+    # Of the means 0, 1 and 10 this classifier says the nearest.
+    assert computed(features, labels, weight, -weight[:, 0].square() / 2)["nc4"] == 0
+
+
+def test_directions_in_which_samples_differ_are_kept_beside_coarse_rounding():
+    labels = torch.arange(3).repeat(2)
+    means = torch.tensor([[256.0, 0, 0], [256, 0, 1], [256, 100, 0]])
+    # Whole numbers up to 256 are exact in bfloat16, which rounds features of this size by 2.
+    features = means[labels] + torch.tensor([[0.0, 1, 4]] * 3 + [[0.0, -1, -4]] * 3)
+    assert computed(features.bfloat16(), labels)["nc1"] == pytest.approx(computed(features.double(), labels)["nc1"])
+
+
 def test_weak_directions_of_the_means_are_kept():
     labels = torch.arange(4).repeat(500)
     means = torch.tensor([[0.0, 0], [0, 1], [1e4, 0], [1e4, 1]], dtype=torch.float64)

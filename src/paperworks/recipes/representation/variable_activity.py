@@ -58,7 +58,7 @@ def variable_activity(
     latent: Annotated[int, Between(1, 64)] = 16,
     hidden: Annotated[int, Between(1, 256)] = 128,
     epochs: Annotated[int, Between(1, 600)] = 150,
-    seeds: Annotated[int, Between(1, 20)] = 8,
+    seeds: Annotated[int, Between(1, 20)] = 6,
     seed: int = 0,
 ) -> None:
     """Digits at three strengths of regularisation: what passive variables do to mean and sampled codes.
