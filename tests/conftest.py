@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -16,6 +17,9 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of these tests."""
     config.addinivalue_line("markers", "ray: starts Ray on this machine")
+    # A shell has what it runs in the background ignore interruptions, and the tests make some.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

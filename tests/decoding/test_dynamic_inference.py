@@ -522,7 +522,7 @@ def test_models_without_a_list_of_layers_are_refused():
     with pytest.raises(ValueError, match="no list of its 3 layers"):
         DynamicInference(model)
     model = deep_model()
-    model.model.norm = None
+    model.model.norm = torch.nn.Identity()
     with pytest.raises(ValueError, match="no final norm"):
         DynamicInference(model, head="tuned")
 

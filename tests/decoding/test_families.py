@@ -216,7 +216,8 @@ def test_llama4_reads_trees_and_batches_until_its_attention_is_tempered():
 
 
 def test_a_text_that_passes_the_turning_point_of_longrope_is_refused():
-    model = make(Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0, rope_parameters=LONG))
+    options = {"original_max_position_embeddings": 16, "rope_parameters": LONG}
+    model = make(Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0, **options))
     for prompt, new in ((PROMPTS[0], NEW), (PROMPTS[1], NEW)):
         text = own_text(model, prompt, new)
         assert generate(model, prompt, drafter=Through([text]), max_new_tokens=new).new_tokens == [text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from types import SimpleNamespace
 
@@ -54,6 +55,15 @@ def test_what_takes_longer_is_interrupted_and_kept_as_such(registry, tmp_path):
         [kept] = store.runs("slow")
     assert (kept.status, kept.error) == ("interrupted", "its share was over")
     assert [m.name for m in kept.measurements] == ["before"]
+
+
+def test_what_runs_in_the_background_is_interrupted_too():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert not within(0.2, lambda over: time.sleep(20))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_done_in_time_is_not_interrupted():

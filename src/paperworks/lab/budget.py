@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,10 @@ def within(seconds: float, work: Callable[[Callable[[], bool]], object]) -> bool
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
+    # A shell has what it runs in the background ignore interruptions.
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
     try:
         try:
@@ -47,6 +52,9 @@ def within(seconds: float, work: Callable[[Callable[[], bool]], object]) -> bool
     except KeyboardInterrupt:
         if not over.is_set():
             raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
     return not over.is_set()
 
 
