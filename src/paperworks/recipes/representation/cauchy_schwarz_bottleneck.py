@@ -72,7 +72,7 @@ def cauchy_schwarz_bottleneck(
     samples: Annotated[int, Between(10, 1600)] = 800,
     hidden: Annotated[int, Between(1, 128)] = 64,
     bottleneck: Annotated[int, Between(1, 128)] = 32,
-    epochs: Annotated[int, Between(1, 400)] = 60,
+    epochs: Annotated[int, Between(1, 240)] = 60,
     rate: Annotated[float, Between(0, 1)] = 2e-3,
     sigma: Annotated[float, Between(0, 100)] = 0.3,
     sigma_y: Annotated[float, Between(0, 100)] = 3.0,

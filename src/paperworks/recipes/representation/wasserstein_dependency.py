@@ -36,7 +36,7 @@ def wasserstein_dependency(
     values: Annotated[int, Between(2, 32)] = 8,
     side: Annotated[int, Between(1, 6)] = 3,
     width: Annotated[int, Between(1, 512)] = 256,
-    steps: Annotated[int, Between(1, 4800)] = 800,
+    steps: Annotated[int, Between(1, 3200)] = 800,
     grid_steps: Annotated[int, Between(1, 2000)] = 500,
     lam: Annotated[float, Between(0, 1000)] = 10.0,
     batch_size: Annotated[int, Between(2, 64)] = 16,
