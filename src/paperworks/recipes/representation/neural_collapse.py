@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from paperworks.representation import FrameGeometry, NeuralCollapse
 
 LENGTHS = "largest error of a row's length"
-LOSSES = ("squared error", "cross-entropy")
+# Each with what decay is multiplied by: under cross-entropy that of squared error would take the features to zero.
+LOSSES = {"squared error": 1.0, "cross-entropy": 1e-3}
 
 
 class Trained(NamedTuple):
@@ -87,9 +88,9 @@ def neural_collapse(
     )
     run.record(LENGTHS, row_error(found.product, frame), better="lower", series="solver")
     networks = range(seed, seed + seeds)
-    for loss in LOSSES:
+    for loss, share in LOSSES.items():
         pairs = [
-            deep(even, width, depth, lam, steps, number, loss)
+            deep(even, width, depth, share * lam, steps, number, loss)
             for number in run.progress(networks, f"{depth} layers, {loss}")
         ]
         for name in ("NC1", "NC2", "NC3"):
