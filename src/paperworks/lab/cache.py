@@ -123,7 +123,9 @@ def pack(folders: Iterable[Path], into: Path, *, most: int) -> int:
 def _put(fresh: Path, folder: Path, text: str) -> None:
     """Give what was built its name, unless what bears it is intact by now."""
     # One at a time: else what another has just put there could be taken for the damaged folder seen before.
-    with FileLock(folder.with_suffix(".lock")):
+    locks = folder.parent.parent / "locks"
+    locks.mkdir(exist_ok=True)
+    with FileLock(locks / f"{folder.parent.name}-{folder.name}"):
         if _intact(folder, text):
             return
         if folder.exists():

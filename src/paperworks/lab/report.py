@@ -75,7 +75,7 @@ def rendered(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int)
     from rich.text import Text
 
     # An interval stays on one line.
-    rows = [[re.sub(r"(?<=\d) to (?=\S+\))", "–", cell) for cell in row] for row in rows]
+    rows = [[re.sub(r"(?<=\d) to (?=\d\S*\))", "–", cell) for cell in row] for row in rows]
     columns = [[heading, *(row[index] for row in rows)] for index, heading in enumerate(headings)]
     widest = [max((len(word) for cell in column for word in cell.split(" ")), default=0) for column in columns]
     # Two spaces stand behind each column.
