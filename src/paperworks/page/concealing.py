@@ -15,7 +15,7 @@ from paperworks.lab.run import Run
 _CUT = "…"
 # A file in an address of its own kind: sqlite:////home/…, file:///home/….
 _FILE_ADDRESS = re.compile(r"\b(sqlite|file):/{2,}")
-_WITH_PASSWORD = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s/@'\"]+@[^\s'\"]+")
+_WITH_PASSWORD = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s/@'\"]+@[^\s'\",;)]+")
 # In quotes a path may hold blanks.
 _QUOTED = re.compile(r"""(['"])(?:…|~\w*)?/(?:[^'"\n/]*/)+([^'"\n/]*)\1""")
 _PLAIN = re.compile(
