@@ -32,7 +32,7 @@ TEST_TO_TRAIN = 1 / 3
         EXCESS, f"{EXCESS} against ridge", f"{UNINFORMED} against ridge", ERROR, f"{ERROR} against {LOGISTIC}",
         f"{ERROR} against {SPREADING}",
     ),
-    rows=("pretrained, *", "ridge, *", "true model", "mixture, *", "contrastive, *", "digits, *"),
+    rows=("pretrained, m = *", "true model", "mixture, pretrained", "contrastive, pretrained", "digits, pretrained*"),
 )  # fmt: skip
 def pretrained_features(
     run: Run,
