@@ -624,3 +624,47 @@ def test_bad_input_is_one_clear_sentence(diabetes):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_loss_hands_its_options_on():
+    generator = torch.Generator().manual_seed(3)
+    x, y, y_hat, t = (torch.randn(12, width, generator=generator, dtype=torch.float64) for width in (3, 1, 1, 2))
+    for official in (False, True):
+        alone = CauchySchwarzBottleneck(0.0, 0.5, 1.0, 1.0, official=official)(x, y, y_hat, t)
+        assert float(alone) == pytest.approx(float(conditional_cs_divergence(x, y, y_hat, 0.5, 1.0, official=official)))
+    for normalize in (False, True):
+        whole, alone = (
+            CauchySchwarzBottleneck(beta, 0.7, 1.0, 0.9, normalize=normalize)(x, y, y_hat, t) for beta in (2.0, 0.0)
+        )
+        expected = 2 * cs_mutual_information(x, t, 0.7, 0.9, normalize=normalize)
+        assert float(whole - alone) == pytest.approx(float(expected))
+    said = [float(conditional_cs_divergence(x, y, y_hat, 0.5, 1.0, official=official)) for official in (False, True)]
+    assert said[0] != pytest.approx(said[1], rel=1e-3)
+    nats, share = (float(cs_mutual_information(x, t, 0.7, 0.9, normalize=normalize)) for normalize in (False, True))
+    assert nats != pytest.approx(share, rel=1e-3)
+
+
+def test_noise_on_the_code_has_the_variance_that_is_said():
+    network = BottleneckNetwork(2, (4,), 3, stochastic=True, generator=torch.Generator().manual_seed(0)).train()
+    with torch.no_grad():
+        network.log_var.weight.zero_()
+        network.log_var.bias.copy_(torch.tensor([-2.0, 0.0, 2.0]))
+    x = torch.zeros(20_000, 2)
+    with torch.no_grad():
+        spread = network.encode(x).var(0)
+    assert spread.tolist() == pytest.approx([math.exp(-2), 1.0, math.exp(2)], rel=0.05)
+
+
+def test_the_rate_falls_every_tenth_epoch():
+    # The slope is always 1, so that Adam moves the weight by its rate in each step.
+    moved = []
+    for epochs in (10, 20, 30):
+        network = torch.nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            network.weight.zero_()
+        train_bottleneck(
+            network, lambda x, y, network=network: network.weight.sum(), torch.ones(4, 1), torch.ones(4, 1), lr=0.01,
+            decay=0.5, epochs=epochs, batch_size=4,
+        )  # fmt: skip
+        moved.append(-float(network.weight.detach()))
+    assert moved == pytest.approx([0.1, 0.1 + 0.05, 0.1 + 0.05 + 0.025], rel=1e-3)
