@@ -131,7 +131,7 @@ def claims(
     from paperworks.lab import records
     from paperworks.lab.report import claims as told_claims
     from paperworks.lab.report import rendered
-    from paperworks.lab.verdicts import KINDS, tally, verdicts
+    from paperworks.lab.verdicts import KINDS, tally, verdicts_by_paper
 
     if room is not None and room not in ROOMS:
         raise UsageError(f"there is no room {room!r}, only {', '.join(ROOMS)}")
@@ -139,12 +139,10 @@ def claims(
         raise UsageError(f"there is no verdict {verdict!r}, only {', '.join(KINDS)}")
     if paper is not None and records.status(get(paper)) == "planned":
         raise UsageError(f"{get(paper).slug} is planned: nothing here speaks to its claims yet")
-    cards = [get(paper)] if paper is not None else list(load_cards().values())
-    found = {
-        card.slug: [one for one in verdicts(card) if verdict in (None, one.kind)]
-        for card in cards
-        if room in (None, card.room) and records.status(card) != "planned"
-    }
+    found = verdicts_by_paper(room, verdict)
+    if paper is not None:
+        slug = get(paper).slug
+        found = {slug: found.get(slug, [])}
     counts = tally([one for claimed in found.values() for one in claimed])
     if as_json:
         listed = [{"paper": slug, **one.as_json()} for slug, claimed in found.items() for one in claimed]

@@ -18,7 +18,7 @@ from paperworks.lab.records import (
 )
 from paperworks.lab.report import claims, markdown_rows, table, told
 from paperworks.lab.run import Measurement, Run
-from paperworks.lab.verdicts import in_words, tally, verdicts
+from paperworks.lab.verdicts import headline, in_words, tally, verdicts
 from paperworks.papers import ROOMS, Paper, load_cards
 
 _MARKS = ("<!-- benchmarks:start -->", "<!-- benchmarks:end -->")
@@ -119,7 +119,7 @@ def _brief(cards: list[Paper], folder: Path) -> list[str]:
     rows = []
     for paper in cards:
         found = verdicts(paper, records_of(paper.slug, folder))
-        first = next((verdict for verdict in found if verdict.measurement is not None), None)
+        first = headline(found)
         name = f"[{' and '.join(paper.names)}](benchmarks/papers/{paper.slug}.md)"
         shown = (
             [f"{first.claim.metric} {first.paper_says}", first.ours, f"{first.kind}: {first.why}"]

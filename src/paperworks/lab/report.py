@@ -52,17 +52,16 @@ def table(paper: str, measurements: Sequence[Measurement]) -> Grid:
         if (m.name in columns or f"{m.name} against {m.against}" in columns)
         and (not patterns or any(fnmatchcase(m.series or "", pattern) for pattern in patterns))
     ]
-    ordered = sorted(
-        shown, key=lambda m: columns.index(m.name if m.name in columns else f"{m.name} against {m.against}")
-    )
-    headings, _ = grid(ordered)
-    # Rows stand in the order in which they were measured, columns in the recipe's.
-    _, rows = grid(shown or measurements)
     if not shown:
         headings, rows = grid(measurements)
         return headings[: MOST_COLUMNS + 1], [row[: MOST_COLUMNS + 1] for row in rows]
-    places = [grid(shown)[0].index(heading) for heading in headings]
-    return headings, [[row[place] for place in places] for row in rows]
+    # Rows stand in the order in which they were measured, columns in the recipe's.
+    headings, rows = grid(shown)
+    ordered, _ = grid(
+        sorted(shown, key=lambda m: columns.index(m.name if m.name in columns else f"{m.name} against {m.against}"))
+    )
+    places = [headings.index(heading) for heading in ordered]
+    return ordered, [[row[place] for place in places] for row in rows]
 
 
 def rendered(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> RenderableType:

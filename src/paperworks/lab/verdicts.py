@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from paperworks.lab.records import device, figure, interval, records_of
+from paperworks.lab.records import device, figure, interval, records_of, status
 from paperworks.lab.run import Measurement
-from paperworks.papers import Claim, Evidence, Paper
+from paperworks.papers import Claim, Evidence, Paper, load_cards
 
 Kind = Literal["reproduced", "direction", "unclear", "contradicted", "proved", "not shown here"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -174,6 +174,16 @@ def in_words(found: Sequence[Verdict]) -> str:
 _SAID: dict[Kind, str] = {"direction": "in direction", "contradicted": "contradicted"}
 
 
-def headline(paper: Paper) -> Verdict | None:
+def headline(found: Iterable[Verdict]) -> Verdict | None:
     """The verdict on the first claim that a figure here speaks to: what a list has room for."""
-    return next((verdict for verdict in verdicts(paper) if verdict.measurement is not None), None)
+    return next((verdict for verdict in found if verdict.measurement is not None), None)
+
+
+def verdicts_by_paper(room: str | None = None, kind: str | None = None) -> dict[str, list[Verdict]]:
+    """By slug the verdicts on the papers that run here: all, or only those of a room or of one kind; papers with none are left out."""
+    found = {
+        paper.slug: [verdict for verdict in verdicts(paper) if kind in (None, verdict.kind)]
+        for paper in load_cards().values()
+        if room in (None, paper.room) and status(paper) != "planned"
+    }
+    return {slug: some for slug, some in found.items() if some}

@@ -7,31 +7,23 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
-from pydantic import BeforeValidator
 
 from paperworks.lab import records
-from paperworks.lab.verdicts import KINDS, tally, verdicts
+from paperworks.lab.verdicts import KINDS, tally, verdicts, verdicts_by_paper
 from paperworks.page.badge import badge
 from paperworks.page.rendering import respond
-from paperworks.papers import ROOMS, load_cards
+from paperworks.page.routes.papers import Blank, Room
+from paperworks.papers import load_cards
 
 router = APIRouter(tags=["papers"])
 
-# An empty field of a form says nothing.
-_Blank = BeforeValidator(lambda value: value or None)
-Room = Annotated[Literal[*ROOMS] | None, _Blank]  # type: ignore[valid-type]
-Kind = Annotated[Literal[*KINDS] | None, _Blank]  # type: ignore[valid-type]
+Kind = Annotated[Literal[*KINDS] | None, Blank]  # type: ignore[valid-type]
 
 
 @router.get("/claims", summary="Every claim and its verdict")
 def claims(request: Request, room: Room = None, verdict: Kind = None) -> Response:
     """What the papers that run here claim, what was measured, and the verdict."""
-    found = {
-        paper.slug: [one for one in verdicts(paper) if verdict in (None, one.kind)]
-        for paper in load_cards().values()
-        if room in (None, paper.room) and records.status(paper) != "planned"
-    }
-    shown = {slug: claimed for slug, claimed in found.items() if claimed}
+    shown = verdicts_by_paper(room, verdict)
     counts = tally([one for claimed in shown.values() for one in claimed])
     data: dict[str, Any] = {"room": room, "verdict": verdict, "counts": counts}
     listed = [{"paper": slug, **one.as_json()} for slug, claimed in shown.items() for one in claimed]

@@ -39,10 +39,10 @@ _FEED = 50
 Period = Literal["day", "week", "month"]
 Number = Annotated[int, Query(ge=1, le=500, description="Which page of the list.")]
 # An empty field of a form says nothing.
-_Blank = BeforeValidator(lambda value: value or None)
-Room = Annotated[Literal[*ROOMS] | None, _Blank]  # type: ignore[valid-type]
-Status = Annotated[Literal[*STATUSES] | None, _Blank]  # type: ignore[valid-type]
-Year = Annotated[Annotated[int, Field(ge=1900, le=2100)] | None, _Blank]
+Blank = BeforeValidator(lambda value: value or None)
+Room = Annotated[Literal[*ROOMS] | None, Blank]  # type: ignore[valid-type]
+Status = Annotated[Literal[*STATUSES] | None, Blank]  # type: ignore[valid-type]
+Year = Annotated[Annotated[int, Field(ge=1900, le=2100)] | None, Blank]
 Words = Annotated[str, Query(max_length=300)]
 
 
@@ -103,7 +103,7 @@ def _lines(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]
 def headline(slug: str | None) -> Measurement | None:
     """The committed figure of a paper that a list has room for."""
     card = load_cards().get(slug or "")
-    best = best_verdict(card) if card else None
+    best = best_verdict(verdicts(card)) if card else None
     return best.measurement if best else None
 
 
@@ -216,7 +216,7 @@ def _leader(store: Store, paper: Paper) -> Leader:
     if not kept and status == "runs" and (run := store.latest(paper.slug)) is not None:
         kept, run_id = [records.as_record(run) | {"measurements": run.measurements}], run.id
     found = verdicts(paper, kept)
-    best = next((verdict for verdict in found if verdict.measurement is not None), None)
+    best = best_verdict(found)
     machine = next((records.machine(r["environment"]) for r in kept if best and records.device(r) == best.device), "")
     return Leader(paper, status, best, in_words(found) if status != "planned" else "", machine, run_id)
 
