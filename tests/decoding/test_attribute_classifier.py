@@ -93,6 +93,20 @@ def test_overfitted_classifier_is_cooled_until_it_is_no_worse_than_the_base_rate
     assert fit.held_out_loss < fit.prior_loss + 0.05
 
 
+def test_temperature_divides_what_the_classifier_says_of_held_out_prefixes():
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(40, 2, 64), torch.rand(40) < 0.5
+    data = DraftingData(torch.zeros(40, 2, dtype=torch.long), hidden, torch.ones(40, 2, dtype=torch.bool))
+    classifier = AttributeClassifier(64, 2)
+    fit = classifier.fit(data, labels, epochs=100, learning_rate=1e-2, generator=torch.Generator().manual_seed(1))
+    kept = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:8]
+    with torch.no_grad():
+        said = torch.stack([classifier(hidden[kept, 0], torch.zeros(8, 1)), classifier(hidden[kept, 1], torch.zeros(8, 2))])
+    truth = labels[kept].expand(2, 8)
+    loss = -torch.where(truth, said, (-said.expm1()).log()).mean()
+    assert fit.temperature > 3 and float(loss) == pytest.approx(fit.held_out_loss, rel=1e-5)
+
+
 @pytest.mark.parametrize("width", [0, 16])
 def test_saved_and_loaded_classifier_says_the_same(width, tmp_path):
     model = make_model(vocab=3)
