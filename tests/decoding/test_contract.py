@@ -36,7 +36,7 @@ from paperworks.decoding import (
 )
 from tests.decoding.conftest import (
     DRAFTERS,
-    FAMILIES,
+    CONTRACT,
     distance,
     enumerate_law,
     make_model,
@@ -46,7 +46,7 @@ from tests.decoding.conftest import (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONTRACT)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_greedy_text_is_the_targets_whatever_the_weights(family, name, prompt):
     model = make_model(family)
@@ -80,7 +80,7 @@ def test_typical_acceptance_is_not_lossless(monkeypatch):
     assert distance(law, model_law(model, prompt, 3)) > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONTRACT)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_rows_of_a_padded_batch_equal_prompts_one_by_one(family, name):
     model = make_model(family)
@@ -127,7 +127,7 @@ def test_same_seed_same_samples(name, model, prompt):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONTRACT)
 def test_cache_after_a_rejected_branch_equals_one_built_from_scratch(family, prompt):
     model = make_model(family)
     drafter = scramble(DRAFTERS["hydra"](model))
@@ -148,12 +148,12 @@ def test_cache_after_a_rejected_branch_equals_one_built_from_scratch(family, pro
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONTRACT)
 def test_tree_attention_equals_every_path_run_alone(family, implementation):
     model = make_model(family, implementation=implementation)
     target = Target(model)
-    # transformers' eager attention normalises in float32 whatever the model's type.
-    close = {"atol": 1e-5 if implementation == "eager" else 1e-9, "rtol": 0}
+    # transformers' eager attention normalises in float32 whatever the model's type; CodeGen has that alone.
+    close = {"atol": 1e-5 if implementation == "eager" or family == "codegen" else 1e-9, "rtol": 0}
     shape = DRAFTERS["hydra"](model).tree
     prompts = [torch.tensor([3, 1, 2, 0, 2, 9, 9, 4]), torch.tensor([5, 6])]
     cache = TreeCache(target.config, 2)

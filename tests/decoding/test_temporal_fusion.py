@@ -654,8 +654,8 @@ def test_nobody_waits_for_a_server_that_broke(pool, monkeypatch):
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2, 4])
-def test_an_interrupted_step_may_be_gone_on_with(pool, passes):
-    """Ctrl-C in a prompt's pass or in a common one: requests are as they were before the step, and none is lost."""
+def test_a_pass_that_is_interrupted_may_be_gone_on_with(pool, passes):
+    """Ctrl-C in a prompt's pass or in a common one: no request is lost, and none has another text."""
     model, prompts, greedy = pool
     server = make_server(model)
     handles = [submit(server, prompt, 6) for prompt in prompts[:3]]
@@ -670,7 +670,44 @@ def test_an_interrupted_step_may_be_gone_on_with(pool, passes):
         handles[0].result()
     assert not any(handle.done for handle in handles)
     assert [handle.result() for handle in handles] == [text[:6] for text in greedy[:3]] and not server.busy
-    assert server.statistics.prefills == 3
+
+
+def test_a_step_may_be_interrupted_at_any_line_of_it(pool):
+    """Ctrl-C behind every seventh line that server and cache execute, one after the other."""
+    model, prompts, greedy = pool
+    code = {module.__file__ for module in (sys.modules[TemporalFusion.__module__], sys.modules[SlotCache.__module__])}
+    lengths = [1, 5, 3]  # One ends while the others run, which moves rows.
+    interrupted = 0
+    for after in itertools.count(0, 7):
+        server = make_server(model, max_concurrency=2)
+        handles = [submit(server, prompt, new) for prompt, new in zip(prompts, lengths, strict=False)]
+        left = [after]
+
+        def trace(frame, event, arg, left=left):
+            if frame.f_code.co_filename not in code:
+                return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] == -1:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            while server.step():
+                pass
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        if left[0] >= 0:
+            break
+        texts = [handle.result(timeout=60) for handle in handles]
+        assert texts == [text[:new] for text, new in zip(greedy, lengths, strict=False)], after
+        assert not server.busy and not any(server._slots) and not any(server._cache._all)
+    assert interrupted > 30
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

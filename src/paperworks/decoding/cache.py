@@ -143,12 +143,12 @@ class _SlotLayer(_TreeLayer):
             states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[3])
             for states in (key_states, value_states)
         )
-        self.is_initialized = True
         self.show(self.window)
+        self.is_initialized = True
 
     def show(self, window: slice) -> None:
         self.window = window
-        if self.is_initialized:
+        if self.memory:
             self.keys, self.values = (states[window] for states in self.memory)
 
     def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
@@ -196,9 +196,11 @@ class SlotCache(TreeCache):
             raise ValueError(f"a window holds rows of 0 to {len(self._all)}, at least one, got {low} to {high}")
         window = slice(low, high)
         if window != self._window:
-            self._window = window
+            # None that layers could be taken to show, if this is interrupted between two of them.
+            self._window = slice(0, 0)
             for layer in self.layers:
                 layer.show(window)
+            self._window = window
         self.lengths[:] = self._all[window]
 
     def commit(self, path: Tensor, counts: list[int]) -> None:

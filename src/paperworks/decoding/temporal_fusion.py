@@ -173,9 +173,14 @@ class RequestHandle:
             return
         self.started = self.started or perf_counter()
         self.tokens.append(outcome)
-        if len(self.tokens) == self.max_new_tokens or outcome in self._ends:
-            self._end("finished")
+        self._settle()
         self._news.notify_all()
+
+    def _settle(self) -> None:
+        """End where the last token says so."""
+        full = len(self.tokens) == self.max_new_tokens
+        if not self.done and self.tokens and (full or self.tokens[-1] in self._ends):
+            self._end("finished")
 
     def _end(self, status: Status) -> None:
         self.status, self.ended = status, perf_counter()
@@ -361,11 +366,33 @@ class TemporalFusion:
             Whether requests are left.
         """
         with self._stepping:
-            self._leave()
-            self._join()
-            self._fuse()
-            self._leave()
+            try:
+                self._leave()
+                self._join()
+                self._fuse()
+                self._leave()
+            except BaseException:
+                self._begin_anew()
+                raise
         return self.busy
+
+    def _begin_anew(self) -> None:
+        """Let all open requests join again, each with its tokens so far.
+
+        Whoever interrupts a step (Ctrl-C) may go on with the next, but cannot know where slots, cache and requests
+        stood when it broke off.
+        """
+        with self._lock:
+            for slot in range(len(self._slots)):
+                self._slots[slot] = None
+                self._cache.clear(slot)
+            for handle in [*self._open]:
+                handle._settle()
+                if handle.done:
+                    self._open.discard(handle)
+                else:
+                    handle.status = "waiting"
+            self._waiting = deque(sorted(self._open, key=lambda handle: handle.submitted))
 
     def _join(self) -> None:
         """Prefill waiting requests, each into a slot of its own; this gives their first token."""
@@ -378,20 +405,12 @@ class TemporalFusion:
             self._cache.show(slot, slot + 1)
             outcome: int | Exception
             try:
-                logits, _ = self.target.prefill([handle.prompt], self._cache)
+                text = torch.cat([handle.prompt, handle.prompt.new_tensor(handle.tokens)])
+                logits, _ = self.target.prefill([text], self._cache)
                 self.statistics.prefills += 1
                 outcome = self._choose(logits, [handle])[0]
             except Exception as error:
                 outcome = error
-            except BaseException:
-                # Whoever interrupts the step (Ctrl-C) may go on with the next, and the request with it.
-                self._slots[slot] = None
-                self._cache.clear(slot)
-                with self._lock:
-                    if not handle.done:
-                        handle.status = "waiting"
-                        self._waiting.appendleft(handle)
-                raise
             with self._lock:
                 handle._take(outcome)
             self._leave()

@@ -21,12 +21,15 @@ def test_every_budget_is_measured():
     for name in ROWS:
         ratio = figures["accepted per call, ratio", name]
         assert len(ratio.repeats) == 20 and ratio.low <= ratio.value <= ratio.high
-        assert len(figures["accepted per call, ratio, greedy", name].repeats) == 10
+        assert len(figures["accepted per call, ratio", f"{name}, greedy"].repeats) == 10
         # A draft gains no more than its budget, and one step goes no further than its drafts together.
         budget = float(name.split()[-1])
         assert 0 <= figures["mass moved to a draft", name].value <= budget
     for name in ("plain decoding", *ROWS[:2]):
         assert figures["speed-up", name].against == "exact speculation"
+    for name in ("plain decoding", *ROWS[1:]):
+        greedy = figures["speed-up", f"{name}, greedy"]
+        assert greedy.against == "exact speculation, greedy" and len(greedy.repeats) == 10
     for name in ("plain decoding", "exact speculation", *ROWS):
         assert 0 <= figures["digit as asked", name].value <= 100 and figures["Fréchet distance", name].value >= 0
     departures = [figures["total variation of a step", name].value for name in ROWS[:2]]

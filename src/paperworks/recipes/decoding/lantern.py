@@ -96,7 +96,7 @@ def lantern(
         draft_epochs: Passes over them.
         nodes: Drafted codes a call.
         samples: Images to sample for quality and acceptance, of all classes in turn.
-        timed_images: Images to time, one by one.
+        timed_images: Images to time, one by one, besides the greedy one of each class.
         text_model: A language model to compare how sure each is of its next token; empty for none.
         seed: Of training and samples.
     """
@@ -143,7 +143,6 @@ def lantern(
 
     real = world.judge.features(world.images(world.sequences[:, 1:])[:, None])
     accepted: dict[str, list[float]] = {}
-    greedy: dict[str, list[float]] = {}
     shown: dict[str, torch.Tensor] = {}
     for name in run.progress([None, *accepts], "sampling images"):
         result = write(name, labels, 1.0, seed)
@@ -156,21 +155,35 @@ def lantern(
         run.record("Fréchet distance", distance, better="lower", series=series)
         if name is not None:
             accepted[name] = [fmean(row) for row in result.statistics.emitted]
-            greedy[name] = [fmean(row) for row in write(name, torch.arange(world.null), 0.0, seed).statistics.emitted]
-            run.record("accepted per call", fmean(accepted[name]), unit="codes", better="higher", series=name)
-            run.record("accepted per call, greedy", fmean(greedy[name]), unit="codes", better="higher", series=name)
-    for name in relaxed:
-        for what, rows in (("accepted per call, ratio", accepted), ("accepted per call, ratio, greedy", greedy)):
-            run.ratio(what, method=rows[name], baseline=rows[_EXACT], series=name, against=_EXACT)
+            most_likely = write(name, torch.arange(world.null), 0.0, seed).statistics.emitted
+            accepted[f"{name}, greedy"] = [fmean(row) for row in most_likely]
+    for way in ("", ", greedy"):
+        for name in accepts:
+            series = name + way
+            run.record("accepted per call", fmean(accepted[series]), unit="codes", better="higher", series=series)
+            if name != _EXACT:
+                run.ratio(
+                    "accepted per call, ratio", method=accepted[series], baseline=accepted[_EXACT + way], series=series,
+                    against=_EXACT + way,
+                )  # fmt: skip
 
-    def timed(name: str | None) -> Callable[[int], int]:
-        return lambda index: len(write(name, labels[index : index + 1], 1.0, seed + index).new_tokens[0])
+    def timed(name: str | None, temperature: float = 1.0) -> Callable[[int], int]:
+        return lambda index: len(write(name, labels[index : index + 1], temperature, seed + index).new_tokens[0])
 
     speed_up = run.compare(
         baseline=(_EXACT, timed(_EXACT)),
         method={"plain decoding": timed(None), **{name: timed(name) for name in relaxed if name != control}},
         over=range(min(timed_images, samples)),
         repeats=1,
+        unit="codes/s",
+    )
+    compared = {"plain decoding": None, f"delta {budgets[-1]:g}": f"delta {budgets[-1]:g}", control: control}
+    run.compare(
+        baseline=(f"{_EXACT}, greedy", timed(_EXACT, 0.0)),
+        method={f"{series}, greedy": timed(name, 0.0) for series, name in compared.items()},
+        # Greedy, a class has one image.
+        over=range(min(world.null, samples)),
+        repeats=3,
         unit="codes/s",
     )
     run.figure(_figure(speed_up, accepted, departure, shown, budgets))
