@@ -305,3 +305,31 @@ def test_bench_refuses_what_it_cannot_do(paperworks, toys, tmp_path):
     assert status == 2 and "is no folder of trained parts" in err
     status, _, err = paperworks("bench", "hydra", "--out", str(tmp_path), "--device", "cuda")
     assert status == 2 and "PyTorch sees no GPU here" in err
+
+
+@pytest.mark.parametrize(
+    "words, lacking, extra",
+    [
+        (["serve"], "fastapi", "page"),
+        (["digest", "--dry-run", "--to", "digests"], "jinja2", "page"),
+        (["inspect", "--model", "builder.py:build", "--data", "digits"], "torch", "analysis"),
+        (["inspect", "--model", "builder.py:build", "--data", "digits"], "torchmetrics", "analysis"),
+        (["generate", "--model", "tiny-random-llama", "hello"], "torch", "llm"),
+        (["run", "hydra", "--scale", "tiny"], "torch", "llm"),
+        (["run", "near-collapse", "--scale", "tiny"], "torch", "analysis"),
+        (["run", "near-collapse", "--scale", "tiny"], "sklearn", "analysis"),
+    ],
+)
+def test_a_command_says_which_extra_it_lacks(words, lacking, extra, tmp_path):
+    (tmp_path / "builder.py").write_text("def build():\n    import torch\n\n    return torch.nn.Linear(64, 10)\n")
+    (tmp_path / "without.py").write_text(
+        "import sys\n\nfrom paperworks.cli import main\n\nlacking = sys.argv.pop(1)\n\n\n"
+        "class Missing:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == lacking:\n            raise ModuleNotFoundError(name=name)\n\n\n"
+        "sys.meta_path.insert(0, Missing())\nmain()\n"
+    )
+    command = [sys.executable, "without.py", lacking, *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    package = {"sklearn": "scikit-learn"}.get(lacking, lacking)
+    said = f"{package} is not installed: pip install 'paperworks[{extra}]'"
+    assert ended.returncode in (1, 2) and said in ended.stderr and "Traceback" not in ended.stderr

@@ -10,7 +10,7 @@ import typer
 
 from paperworks import __version__
 from paperworks.cli import bench, models, page, papers, runs
-from paperworks.errors import PaperworksError
+from paperworks.errors import PaperworksError, missing_extra
 
 # Libraries draw bars and warn on the error stream, where progress and errors are told in the commands' own words.
 _SILENT = {
@@ -70,6 +70,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was recorded is kept", 130)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (lacks := missing_extra(error)):
+            _fail(lacks, 2)
         # Click's usage errors know how to show themselves; anything else is a defect and keeps its traceback.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from paperworks.errors import PaperworksError, UsageError
+from paperworks.errors import PaperworksError, UsageError, missing_extra
 from paperworks.lab.display import Display
 from paperworks.lab.environment import environment
 from paperworks.lab.recipe import Recipe, find
@@ -187,6 +187,8 @@ def _sentence(error: BaseException) -> str:
         return f"the recipe left by sys.exit({'' if error.code is None else repr(error.code)}) before its end"
     if isinstance(error, PaperworksError):
         return first
+    if isinstance(error, ModuleNotFoundError) and (lacks := missing_extra(error)):
+        return lacks
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
