@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from paperworks import __version__, cli
 from paperworks.lab import Run, recipe
+from paperworks.lab.cache import cached_folder
 from paperworks.papers import get, load_cards
 
 
@@ -296,6 +297,34 @@ def test_bench_within_minutes_keeps_each_record_and_tells_what_it_left_out(paper
     assert "left out: lantern: it has no scale tiny, only default" in out
     assert (reason := re.search(r"left out: chimera: (its share of \d+ s was over)", out))
     assert json.loads(paperworks("results", "chimera", "--json")[1])[0]["error"] == reason[1]
+
+
+def test_bench_packs_what_was_trained_for_a_machine_that_finds_it_there(paperworks, registry, tmp_path, monkeypatch):
+    trained = []
+
+    @recipe("hydra", gpu=5, tiny={})
+    def learning(run: Run) -> None:
+        for kind, size in (("drafting-data", 10), ("drafters", 30 * 2**20), ("models", 40 * 2**20), ("tables", 10)):
+
+            def build(folder, kind=kind, size=size):
+                trained.append(kind)
+                (folder / "weights").write_bytes(bytes(size))
+
+            cached_folder(kind, {"seed": 0}, build)
+        run.record("throws", 1, better="higher")
+
+    words = ("bench", "--scale", "tiny", "--out", str(tmp_path / "out"))
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / "here")
+    status, out, err = paperworks(*words, "--pack", str(tmp_path / "parts"))
+    assert status == 0, err
+    assert f"parts: {tmp_path / 'parts'}, 30.0 MiB" in out
+    assert re.search(r"left out: models/\w+: its 40.0 MiB have no room in ", out)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["drafters", "tables"]
+    trained.clear()
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / "elsewhere")
+    monkeypatch.setenv("PAPERWORKS_PARTS", "")
+    status, out, err = paperworks(*words, "--parts", str(tmp_path / "parts"))
+    assert status == 0 and trained == ["drafting-data", "models"], err
 
 
 def test_bench_refuses_what_it_cannot_do(paperworks, toys, tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from paperworks.errors import UsageError
 from paperworks.lab import cache as module
 from paperworks.lab.cache import cached_folder, folders_used, pack
 
@@ -196,8 +195,7 @@ def test_what_was_used_is_packed_and_found_again_elsewhere(tmp_path, monkeypatch
         first = cached_folder("things", {"a": 1}, build)
         cached_folder("things", {"a": 1}, build)
     assert used == [first]
-    size = pack(used, tmp_path / "parts", most=10_000)
-    assert size == sum(path.stat().st_size for path in first.rglob("*") if path.is_file())
+    assert pack(used, tmp_path / "parts", most=10_000) == {first: True}
     monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / "elsewhere")
     monkeypatch.setenv("PAPERWORKS_PARTS", str(tmp_path / "parts"))
     assert cached_folder("things", {"a": 1}, build) == tmp_path / "parts" / "things" / first.name
@@ -206,6 +204,16 @@ def test_what_was_used_is_packed_and_found_again_elsewhere(tmp_path, monkeypatch
     (tmp_path / "parts" / "things" / first.name / "deep" / "file").write_text("damaged")
     again = cached_folder("things", {"a": 1}, build)
     assert again.is_relative_to(tmp_path / "elsewhere") and build.calls == 3
-    with pytest.raises(UsageError, match="1 trained parts have 0 MiB, more than 0: name fewer papers"):
-        pack(used, tmp_path / "more", most=10)
-    assert not (tmp_path / "more").exists()
+
+
+def test_parts_are_packed_in_order_as_long_as_they_have_room(tmp_path):
+    folders = []
+    for name, size in (("a", 40), ("b", 70), ("c", 60), ("d", 1)):
+        folder = tmp_path / "things" / name
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "file").write_bytes(b"x" * size)
+        folders.append(folder)
+    packed = pack(folders, tmp_path / "parts", most=100)
+    assert list(packed) == folders and list(packed.values()) == [True, False, True, False]
+    assert sorted(path.name for path in (tmp_path / "parts" / "things").iterdir()) == ["a", "c"]
+    assert len((tmp_path / "parts" / "things" / "c" / "deep" / "file").read_bytes()) == 60

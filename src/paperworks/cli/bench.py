@@ -38,7 +38,7 @@ def bench(
         Path | None, typer.Option(help="Trained parts that were brought along, as --pack leaves them.")
     ] = None,
     pack: Annotated[
-        Path | None, typer.Option(help="Copy the trained parts that were used there, 60 MiB at most.")
+        Path | None, typer.Option(help="Copy the trained parts that were used there, as many as 60 MiB hold.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where benchmarks/ is written; this checkout by default.")] = None,
     page: Annotated[
@@ -98,8 +98,14 @@ def bench(
     if pack is not None:
         # What the model wrote is only there to train on.
         kept = [folder for folder in used if folder.parent.name != "drafting-data"]
-        size = cache.pack(kept, pack, most=_MOST_PARTS)
-        print(f"parts: {pack}, {size / 2**20:.1f} MiB")
+        packed = cache.pack(kept, pack, most=_MOST_PARTS)
+        sizes = {folder: cache.size_of(folder) / 2**20 for folder in packed}
+        print(f"parts: {pack}, {sum(sizes[folder] for folder, there in packed.items() if there):.1f} MiB")
+        left_out += [
+            f"{folder.parent.name}/{folder.name}: its {sizes[folder]:.1f} MiB have no room in {pack}"
+            for folder, there in packed.items()
+            if not there
+        ]
     for line in left_out:
         print(f"left out: {line}")
     return max(statuses, default=0)

@@ -18,8 +18,6 @@ from typing import Any
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from paperworks.errors import UsageError
-
 _MANIFEST = "manifest.json"
 _ABANDONED = 7 * 86_400
 
@@ -98,26 +96,30 @@ def _noted(folder: Path) -> Path:
     return folder
 
 
-def pack(folders: Iterable[Path], into: Path, *, most: int) -> int:
-    """Copy folders of the cache to where another machine can take them along, and say how many bytes they have.
+def pack(folders: Iterable[Path], into: Path, *, most: int) -> dict[Path, bool]:
+    """Copy folders of the cache to where another machine can take them along: the first that have room together.
 
     Args:
         folders: The folders, as `folders_used` collects them.
         into: Where they go; a run finds them there by the environment variable PAPERWORKS_PARTS.
-        most: How many bytes they may have.
+        most: How many bytes they may have in all.
 
-    Raises:
-        UsageError: They have more; nothing is copied.
+    Returns:
+        Of each folder whether it was copied.
     """
-    chosen = list(folders)
-    size = sum(path.stat().st_size for folder in chosen for path in folder.rglob("*") if path.is_file())
-    if size > most:
-        raise UsageError(
-            f"{len(chosen)} trained parts have {size / 2**20:.0f} MiB, more than {most / 2**20:.0f}: name fewer papers"
-        )
-    for folder in chosen:
-        shutil.copytree(folder, into / folder.parent.name / folder.name, dirs_exist_ok=True)
-    return size
+    room, packed = most, {}
+    for folder in folders:
+        size = size_of(folder)
+        packed[folder] = size <= room
+        if packed[folder]:
+            room -= size
+            shutil.copytree(folder, into / folder.parent.name / folder.name, dirs_exist_ok=True)
+    return packed
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _put(fresh: Path, folder: Path, text: str) -> None:
