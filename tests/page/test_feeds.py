@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from paperworks import __version__
 from paperworks.page.entries import Entry
 from paperworks.page.feeds import atom
 
@@ -41,7 +42,9 @@ def test_a_feed_holds_its_papers_in_order():
     assert card.find("a:link[@rel='related']", NAMES) is None and card.find("a:summary", NAMES) is None
     assert card.findtext("a:id", None, NAMES) == "https://papers.example.org/papers/card%3Ashrink-match"
     assert old.findtext("a:id", None, NAMES) == "https://papers.example.org/papers/cs/0501001"
-    assert {entry.findtext("a:updated", None, NAMES) for entry in (first, old)} == {"2026-11-01T12:00:00Z"}
+    for name in ("updated", "published"):
+        told = [entry.findtext(f"a:{name}", None, NAMES) for entry in entries]
+        assert told == ["2026-11-01T12:00:00Z", "2026-10-31T12:00:00Z", "2026-11-01T12:00:00Z"]
 
 
 def test_a_feed_has_what_rfc_4287_asks_for():
@@ -52,7 +55,8 @@ def test_a_feed_has_what_rfc_4287_asks_for():
         assert datetime.fromisoformat(element.findtext("a:updated", None, NAMES)).tzinfo is not None
         relations = [link.get("rel") for link in element.findall("a:link", NAMES)]
         assert relations.count("alternate") == 1
-    assert feed.find("a:author/a:name", NAMES) is not None
+    assert feed.findtext("a:author/a:name", None, NAMES) == feed.findtext("a:generator", None, NAMES) == "Paperworks"
+    assert feed.find("a:generator", NAMES).get("version") == __version__
     assert feed.find("a:link[@rel='self']", NAMES).get("href") == URL == feed.findtext("a:id", None, NAMES)
     assert len({element.findtext("a:id", None, NAMES) for element in (feed, *feed.findall("a:entry", NAMES))}) == 4
 

@@ -49,6 +49,7 @@ class Source:
     def __init__(self) -> None:
         self.papers: list[dict] = []
         self.daily: dict[str, list[dict] | str] = {}
+        # Statuses for days of the daily papers, and for those whose papers arXiv is asked for.
         self.refused: dict[str, int] = {}
         self.requests: list[tuple[float, dict[str, str]]] = []
         self.failures: list[int | str] = []
@@ -99,6 +100,13 @@ class Source:
         return DailyPapers(self.url, **{"delay": 0.001, **options})
 
 
+def day_of(asked: dict[str, str]) -> str:
+    """The day that a request is for, if it is for one."""
+    if span := re.search(r"submittedDate:\[(\d{4})(\d\d)(\d\d)", asked.get("search_query", "")):
+        return "-".join(span.groups())
+    return asked.get("date", "")
+
+
 @contextmanager
 def serving(source: Source):
     class Handler(BaseHTTPRequestHandler):
@@ -118,10 +126,10 @@ def serving(source: Source):
                 return
             elif failure:
                 status = int(failure)
+            elif day := source.refused.get(day_of(asked)):
+                status = day
             elif address.path == "/api/daily_papers":
                 page, limit = int(asked.get("p", 0)), int(asked["limit"])
-                if asked["date"] in source.refused:
-                    status = source.refused[asked["date"]]
                 found = source.daily.get(asked["date"], [])
                 body = found if isinstance(found, str) else json.dumps(found[page * limit : (page + 1) * limit])
             else:
@@ -398,7 +406,8 @@ def test_a_day_that_is_refused_for_good_is_passed_over_and_told_of(index, store,
     source.refused = {"2026-11-02": 400}
     done = ingest_daily_papers(index, store, since=NOVEMBER, until=november(3), source=source.hub())
     assert done.new == 2 and index.get("2611.00003")
-    assert done.left_out == ("2026-11-02: Hugging Face refuses the request (HTTP 400)",)
+    told = "2026-11-02: Hugging Face refuses the request (HTTP 400); the next ingest asks for it again"
+    assert done.left_out == (told,)
     # It was asked for once: it would be refused again.
     assert sum(asked["date"] == "2026-11-02" for _, asked in source.requests) == 1
 
@@ -409,10 +418,141 @@ def test_a_source_that_refuses_everything_is_asked_for_the_same_days_again(index
     options = {"since": NOVEMBER, "until": november(19), "source": source.hub()}
     with pytest.raises(SourceError, match=r"Hugging Face refuses the request \(HTTP 403\)"):
         ingest_daily_papers(index, store, **options)
-    # After three days in a row it is not bothered any more.
-    assert len(source.requests) == 5
+    # After three days in a row, and the last of all, it is not bothered any more.
+    assert [asked["date"][-2:] for _, asked in source.requests] == ["01", "02", "03", "04", "05", "19"]
     source.refused = {}
     assert ingest_daily_papers(index, store, **options).new == 17
+
+
+def asked_for(source: Source, day: str) -> int:
+    """How often a day was asked for since this was last asked."""
+    count = sum(day_of(asked) == day for _, asked in source.requests)
+    source.requests.clear()
+    return count
+
+
+def read(index, store, source, kind, day: float, since=None) -> Ingested:
+    if kind == "arxiv":
+        return ingest_arxiv(index, store, "cs.LG", since=since, until=november(day), source=source.arxiv(tries=2))
+    return ingest_daily_papers(index, store, since=since, until=november(day), source=source.hub())
+
+
+@pytest.fixture(params=["arxiv", "daily-papers"])
+def kind(request, source, monkeypatch):
+    """A source with a paper a day, and two tries a request."""
+    monkeypatch.setattr(module, "_TRIES", 2)
+    for day in range(1, 21):
+        if request.param == "arxiv":
+            source.add(day - 0.5)
+        else:
+            source.daily[f"2026-11-{day:02d}"] = [daily(f"2611.{day:05d}", day)]
+    return request.param
+
+
+def held(index) -> list[int]:
+    """The days whose papers the index holds."""
+    return [day for day in range(1, 21) if index.get(f"2611.{day:05d}")]
+
+
+@over_both
+def test_a_day_that_fails_for_ever_keeps_no_later_day_away_and_is_given_up(index, store, source, kind):
+    source.refused = {"2026-11-03": 500}
+    # On the day itself nothing tells it from a source that is down.
+    with pytest.raises(SourceError, match=r"does not answer \(HTTP 500\); what was read is kept, and the same command"):
+        read(index, store, source, kind, 3, since=NOVEMBER)
+    assert asked_for(source, "2026-11-03") == 2
+    name = "arXiv" if kind == "arxiv" else "Hugging Face"
+    reason = f"2026-11-03: {name} does not answer (HTTP 500)"
+    # An ingest a day: it is asked for in the week in which papers may still be announced, and once more.
+    for day in range(4, 20):
+        done = read(index, store, source, kind, day)
+        tries = asked_for(source, "2026-11-03")
+        assert day in held(index) and 3 not in held(index)
+        if day <= 10:
+            assert (tries, done.left_out) == (2, (f"{reason}; the next ingest asks for it again",)), day
+        elif day == 11:
+            assert (tries, done.left_out) == (2, (f"{reason}; it is given up",))
+        else:
+            assert (tries, done.left_out) == (0, ()), day
+    assert held(index) == [1, 2, *range(4, 20)]
+    # Who reads from an earlier day on reads it again.
+    source.refused = {}
+    assert read(index, store, source, kind, 20, since=november(-1)).new == 2 and held(index) == [*range(1, 21)]
+
+
+@over_both
+def test_a_day_of_long_ago_that_failed_is_asked_for_once_more(index, store, source, kind):
+    source.refused = {"2026-11-03": 503, "2026-11-04": 400}
+    done = read(index, store, source, kind, 30, since=NOVEMBER)
+    assert len(done.left_out) == 2 and held(index) == [1, 2, *range(5, 21)]
+    source.refused = {"2026-11-04": 400}
+    source.requests.clear()
+    done = read(index, store, source, kind, 30)
+    assert (done.new, held(index)) == (1, [1, 2, 3, *range(5, 21)])
+    [told] = done.left_out
+    assert told.startswith("2026-11-04: ") and told.endswith(" refuses the request (HTTP 400); it is given up")
+    assert sum(day_of(asked) == "2026-11-04" for _, asked in source.requests) == 1
+    source.requests.clear()
+    assert read(index, store, source, kind, 30).left_out == () and asked_for(source, "2026-11-04") == 0
+
+
+@over_both
+def test_many_days_that_fail_in_a_row_are_passed_over_where_the_source_answers_for_the_last(index, store, source, kind):
+    source.refused = {f"2026-11-{day:02d}": 500 for day in range(1, 8)}
+    done = read(index, store, source, kind, 12, since=NOVEMBER)
+    assert held(index) == [8, 9, 10, 11, 12] and len(done.left_out) == 7
+    source.refused = {}
+    assert read(index, store, source, kind, 12).new == 7 and held(index) == [*range(1, 13)]
+
+
+def test_a_source_that_is_down_when_a_day_is_asked_for_once_more_does_not_lose_it(index, store, source, kind):
+    source.refused = {"2026-11-03": 500}
+    read(index, store, source, kind, 30, since=NOVEMBER)
+
+    def down(start, end):
+        if start == november(2):
+            source.refused |= {"2026-11-30": 500}
+        return api(start, end)
+
+    days = [(november(29), november(30))]
+    api = (lambda start, end: source.arxiv(tries=2).submitted("cs.LG", start, end)) if kind == "arxiv" else (
+        lambda start, end: source.hub().of_day(start)
+    )  # fmt: skip
+    name = "arxiv:cs.LG" if kind == "arxiv" else kind
+    with pytest.raises(SourceError, match=r"does not answer \(HTTP 500\)"):
+        module._read_once_more(index, store, name, days, down)
+    source.refused = {}
+    assert read(index, store, source, kind, 30).new == 1 and held(index) == [*range(1, 21)]
+
+
+def test_a_day_that_failed_is_asked_for_from_its_beginning(index, store, source):
+    """Though ingests do not end at midnight, and the week before the last one's end begins in the middle of it."""
+    morning = source.add(2.1)
+    source.refused = {"2026-11-03": 500}
+    options = {"source": source.arxiv(tries=2)}
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, until=november(9.5), **options)
+    assert len(ingest_arxiv(index, store, "cs.LG", until=november(9.6), **options).left_out) == 1
+    source.refused = {}
+    source.requests.clear()
+    assert ingest_arxiv(index, store, "cs.LG", until=november(9.7), **options).new == 1 and index.get(morning)
+    assert "[202611030000" in source.requests[0][1]["search_query"]
+    # It is no debt any more.
+    for until in (20, 21):
+        source.requests.clear()
+        ingest_arxiv(index, store, "cs.LG", until=november(until), **options)
+    assert asked_for(source, "2026-11-03") == 0
+
+
+def test_days_that_failed_are_each_sources_own(index, store, source):
+    source.add(2.5)
+    source.add(2.6, category="cs.CL")
+    source.refused = {"2026-11-03": 500}
+    options = {"until": november(20), "source": source.arxiv(tries=2)}
+    ingest_arxiv(index, store, "cs.LG", since=NOVEMBER, **options)
+    ingest_arxiv(index, store, "cs.CL", since=NOVEMBER, **options)
+    source.refused = {}
+    assert ingest_arxiv(index, store, "cs.LG", **options).new == 1
+    assert ingest_arxiv(index, store, "cs.CL", **options).new == 1
 
 
 @pytest.mark.parametrize("body", ["<html>", "", '{"error": "no"}', '"paper"'])
@@ -578,7 +718,8 @@ def test_submissions_of_a_process_keep_their_distance(index, source, monkeypatch
     first, second = (at for at, _ in source.requests)
     assert second - first >= 0.09
     source.failures = [503] * 9
-    with pytest.raises(SourceError, match="does not answer"):
+    told = r"^arXiv does not answer \(HTTP 503\); submit the paper again in a while$"
+    with pytest.raises(SourceError, match=told):
         submit(index, "2611.00900")
     assert len(source.requests) == 4
     module._shared_arxiv.cache_clear()
@@ -660,7 +801,7 @@ def test_the_command_takes_in_what_it_names(source, store_url, monkeypatch, caps
 
 
 def test_a_command_that_cannot_read_is_one_sentence(source, tmp_path, monkeypatch, capsys):
-    source.failures = [404] * 3
+    source.failures = [404] * 4
     where = ("--url", f"{source.url}/api/query", "--store", f"sqlite:///{tmp_path}/runs.db", "--words")
     status, out, error = run_command(monkeypatch, capsys, "arxiv", "--category", "cs.LG", *where)
     assert (status, out) == (1, "") and error.endswith("paperworks: arXiv refuses the request (HTTP 404)\n")

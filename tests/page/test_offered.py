@@ -139,8 +139,10 @@ def test_a_number_without_bounds_is_at_most_what_its_scales_give_it(registry):
         checked(made, {}, "paper")
 
 
-def test_a_hub_that_is_set_up_badly_offers_the_recipes_own_words(monkeypatch):
+def test_a_hub_that_is_set_up_badly_offers_the_recipes_own_words(monkeypatch, caplog):
     monkeypatch.setenv("PAPERWORKS_DATA", "/no/such/folder")
     assert "text" in {field.name for field in offered(find("conditional-beam-search")).fields}
     [field] = [field for field in offered(find("conditional-beam-search")).fields if field.name == "text"]
     assert field.choices[0] == "wikitext-2"
+    # The operator is told.
+    assert "/no/such/folder" in caplog.text

@@ -164,6 +164,24 @@ def test_what_is_escaped_reads_as_it_was():
     assert cited["author"] == "{A, B} and {Others}"
 
 
+def test_of_a_title_its_mathematics_stays_and_what_stands_between_is_escaped():
+    title = "$a_1$ x_y $b_2$ 5% $c_3$ & $d_4"
+    cited = fields(bibtex(Entry(key="2611.00001", title=title, authors=(), published=WHEN)))
+    assert cited["title"] == r"{$a_1$ x\_y $b_2$ 5\% $c_3$ \& \$d\_4}"
+
+
+def test_a_citation_is_named_after_its_first_author_its_year_and_its_first_word():
+    named = {
+        ("Ada Lovelace", "Charles Babbage"): "lovelace2026bounds",
+        ("Jürgen Ångström",): "angstrom2026bounds",
+        (): "2026bounds",
+        ("王 芳",): "2026bounds",
+    }
+    for authors, key in named.items():
+        entry = Entry(key="2611.00001", title="Bounds in all", authors=authors, published=WHEN)
+        assert fields(bibtex(entry))["key"] == key
+
+
 def test_intervals_share_one_logarithmic_axis():
     ratios = [
         Measurement("speed-up", value, "x", low=low, high=high, against="plain")

@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from paperworks.lab import Run
+from paperworks.lab.recipe import find
 from paperworks.lab.run import Bar, Bars, Log
 from paperworks.page.app import create_app
 from paperworks.page.runs import Runner
@@ -158,6 +159,9 @@ def test_the_form_tells_the_bounds_and_offers_what_is_here(make):
     assert re.findall(r'value="([^"]*)"', models) == ["", "smollm2-135m", "tiny-random-llama"]
     scales = re.search(r'<select id="run-scale".*?</select>', html, re.DOTALL)[0]
     assert re.findall(r'value="([^"]*)"', scales) == ["tiny", "default"]
+    # The paper's own is more than the page lets anybody ask for; the form says where it runs.
+    assert "the paper's own scale runs on a machine of yours: <code>paperworks run hydra --scale paper</code>" in html
+    assert "paper" in find("hydra").scales
     assert 'type="text"' not in re.search(r'<form class="parameters".*?</form>', html, re.DOTALL)[0]
     offer = reader(app).get("/papers/hydra.json").json()["offer"]
     [told] = [field for field in offer["fields"] if field["name"] == "new_tokens"]

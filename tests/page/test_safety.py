@@ -138,6 +138,16 @@ def test_cookies_are_out_of_reach_of_scripts_and_of_other_sites(app, tmp_path):
     assert named.startswith("visitor=") and "httponly" in named and "samesite=lax" in named and "secure" in named
 
 
+def test_a_browser_forgets_its_session_when_it_logs_out_and_when_it_has_ended(app, client):
+    logged_in(client)
+    assert "session" in client.cookies
+    send(client, "/logout")
+    assert "session" not in client.cookies
+    client.cookies.set("session", "one that has ended", domain="127.0.0.1")
+    assert client.get("/submit", follow_redirects=False).headers["location"] == "/login?next=/submit"
+    assert "session" not in client.cookies
+
+
 def test_only_users_start_runs_unless_the_server_allows_all(app, client, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(app.state.runner, "start", lambda *given, **named: started.append(given) or "1-a")

@@ -18,8 +18,10 @@ _FILE_ADDRESS = re.compile(r"\b(sqlite|file):/{2,}")
 _WITH_PASSWORD = re.compile(r"\b([a-z][a-z0-9+]*)://[^\s/@'\"]+@[^\s'\",;)]+")
 # In quotes a path may hold blanks.
 _QUOTED = re.compile(r"""(['"])(?:…|~\w*)?/(?:[^'"\n/]*/)+([^'"\n/]*)\1""")
+# Two slashes are one, but behind the scheme of an address.
 _PLAIN = re.compile(
-    r"""(?:(?<![\w/.~-])|(?<=\\n))(?:…|~\w*)?/(?:[^\s'"`,;:()\[\]{}<>|/]+/)+([^\s'"`,;:()\[\]{}<>|/]*)"""
+    r"""(?:(?<![\w/.~-])|(?<=\\n)|(?<=\s-[A-Za-z]))(?:…|~\w*)?(?:(?<!:)/+|/)"""
+    r"""(?:[^\s'"`,;:()\[\]{}<>|/]+/+)+([^\s'"`,;:()\[\]{}<>|/]*)"""
 )
 _HOMES = re.compile(r"(?:(?<![\w/.~-])|(?<=\\n))/(?:home|Users)/[^\s'\"`,;:()\[\]{}<>|/]+")
 

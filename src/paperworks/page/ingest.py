@@ -2,7 +2,8 @@
 
 What was read stays read: an ingest that is stopped goes on where it was, and the next one begins where the last
 ended, a few days earlier, for papers are announced some days after they are submitted. A record that is no paper is left
-out and told of, and the rest goes on.
+out and told of, and the rest goes on. So does it past a day that a source does not tell of: that day is told of, and asked
+for by each ingest of the week after it and once more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import PaperInfo
 from requests.adapters import HTTPAdapter
+from sqlalchemy import delete, select
 from sqlalchemy.exc import DataError, IntegrityError
 
 from paperworks import __version__
@@ -45,8 +47,8 @@ _TIMEOUT = 60
 _HF_PAGE, _HF_PAGES = 50, 100
 # What SQLAlchemy and the driver below it make of values that a column cannot hold.
 _REFUSED = (DataError, IntegrityError, OverflowError)
-# Days refused one after another are the source's, not theirs.
-_REFUSED_IN_A_ROW = 3
+# Where so many days fail one after another, the source itself may be at fault.
+_FAILED_IN_A_ROW = 3
 # Clocks go wrong by days.
 _AHEAD = timedelta(days=60)
 # Of whichever HTTP library the Hub's client uses.
@@ -95,7 +97,7 @@ class Ingested:
         read: How many papers the source told of.
         new: How many of them the index did not hold.
         updated: How many it held otherwise.
-        left_out: What the source told that is no paper, and days that it refused, a sentence each.
+        left_out: What the source told that is no paper, and days that it did not tell of, a sentence each.
     """
 
     read: int
@@ -267,6 +269,21 @@ def _patience() -> Iterator[None]:
         client.timeout = before
 
 
+@contextmanager
+def _then(what: str) -> Iterator[None]:
+    """Say of a source that does not answer what comes of it or can be done."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except SourceError as error:
+        raise SourceError(f"{error}; {what}") from error
+
+
+_GOES_ON = "what was read is kept, and the same command goes on from there"
+
+
+@_then(_GOES_ON)
 def ingest_arxiv(
     index: Index,
     store: Store,
@@ -309,6 +326,7 @@ def ingest_arxiv(
     return days
 
 
+@_then(_GOES_ON)
 def ingest_daily_papers(
     index: Index,
     store: Store,
@@ -387,7 +405,8 @@ def submit(index: Index, address: str, *, source: Arxiv | None = None) -> Entry:
     if (held := known(index, address)) is not None:
         return held
     number = arxiv_number(address)
-    told = (source or _shared_arxiv()).papers([number])
+    with _then("submit the paper again in a while"):
+        told = (source or _shared_arxiv()).papers([number])
     if told.odd:
         raise SourceError(told.odd[0])
     if not told.entries:
@@ -434,30 +453,66 @@ def _read_by_day(
     start = _begin(store, name, since, until)
     days = list(_days(start, until))
     done = Ingested(0, 0, 0)
-    refused: list[SourceError] = []
+    failed: list[tuple[datetime, SourceError]] = []
     for number, (first, last) in enumerate(days):
         if progress:
             progress(number, len(days))
         try:
             told = read(first, last)
-        except RefusedError as error:
-            # A day that is refused for good would stop every later ingest too. It is passed over once the source has
-            # answered for another; a source that refuses everything is asked again next time.
-            refused.append(error)
-            done += Ingested(0, 0, 0, (f"{first:%Y-%m-%d}: {error}",))
-            if len(refused) == _REFUSED_IN_A_ROW:
-                raise
+        except SourceError as error:
+            # A day that fails for ever would stop every later ingest too. It is passed over once the source has answered
+            # for a later one; a source that answers for none is asked for the same days next time.
+            failed.append((first, error))
+            if len(failed) % _FAILED_IN_A_ROW == 0:
+                read(*days[-1])
             continue
-        refused.clear()
         done += _take(index, told)
         with store.writing() as session:
             row = session.get_one(IngestRow, name)
             row.reached = max(row.reached, last.timestamp())
-    if refused:
-        raise refused[0]
+            session.execute(delete(IngestRow).where(IngestRow.source == _unread(name, first)))
+            for day, reason in failed:
+                done += Ingested(0, 0, 0, (f"{day:%Y-%m-%d}: {reason}; the next ingest asks for it again",))
+                at = day.timestamp()
+                session.merge(IngestRow(source=_unread(name, day), start=at, reached=at, revised=None))
+        failed.clear()
+    if failed:
+        raise failed[0][1]
+    if days:
+        done += _read_once_more(index, store, name, days, read)
     if progress:
         progress(len(days), len(days))
     return done
+
+
+def _read_once_more(
+    index: Index,
+    store: Store,
+    name: str,
+    days: list[tuple[datetime, datetime]],
+    read: Callable[[datetime, datetime], Told],
+) -> Ingested:
+    """Ask once more for what could not be read of the time before these days."""
+    done = Ingested(0, 0, 0)
+    with store.reading() as session:
+        before = (IngestRow.source.startswith(f"{name} ", autoescape=True), IngestRow.start < days[0][0].timestamp())
+        starts = session.scalars(select(IngestRow.start).where(*before).order_by(IngestRow.start)).all()
+    for start in starts:
+        first, last = next(_days(datetime.fromtimestamp(start, UTC), days[-1][1]))
+        try:
+            done += _take(index, read(first, last))
+        except SourceError as error:
+            # Unless it is the source that is at fault.
+            read(*days[-1])
+            done += Ingested(0, 0, 0, (f"{first:%Y-%m-%d}: {error}; it is given up",))
+        with store.writing() as session:
+            session.execute(delete(IngestRow).where(IngestRow.source == _unread(name, first)))
+    return done
+
+
+def _unread(name: str, day: datetime) -> str:
+    """By what a day that could not be read is kept."""
+    return f"{name} {day:%Y-%m-%d}"
 
 
 def _begin(store: Store, name: str, since: datetime | None, until: datetime) -> datetime:
@@ -474,16 +529,19 @@ def _begin(store: Store, name: str, since: datetime | None, until: datetime) -> 
             row.start = row.reached = since.timestamp()
             return since
         reached = datetime.fromtimestamp(row.reached, UTC)
-        return max(datetime.fromtimestamp(row.start, UTC), min(reached, until) - _OVERLAP)
+        return max(datetime.fromtimestamp(row.start, UTC), _midnight(min(reached, until) - _OVERLAP))
 
 
 def _days(start: datetime, until: datetime) -> Iterator[tuple[datetime, datetime]]:
     """The days from `start` to `until`, the first and the last perhaps cut short."""
     while start < until:
-        midnight = start.replace(hour=0, minute=0, second=0, microsecond=0)
-        end = min(midnight + _DAY, until)
+        end = min(_midnight(start) + _DAY, until)
         yield start, end
         start = end
+
+
+def _midnight(moment: datetime) -> datetime:
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def _take(index: Index, told: Told) -> Ingested:
@@ -532,9 +590,7 @@ def _retried(ask: Callable[[], T], source: str, delay: float, tries: int) -> T:
     except _Failure as failure:
         if failure.for_good:
             raise RefusedError(f"{source} refuses the request ({failure})") from failure
-        raise SourceError(
-            f"{source} does not answer ({failure}); what was read is kept, and the same command goes on from there"
-        ) from failure
+        raise SourceError(f"{source} does not answer ({failure})") from failure
 
 
 def _sound(records: Iterable[T], make: Callable[[T], Entry], source: str, name: Callable[[T], object]) -> Told:

@@ -66,7 +66,8 @@ class EntryVectorRow(Base):
 class IngestRow(Base):
     """How far a source has been read: all from `start` to `reached` is in the index, and all revised before `revised`.
 
-    Times are seconds since 1970 UTC.
+    A day that a source has not told of has a row of its own until it is read or given up, by the name of both; nothing of
+    it is in the index. Times are seconds since 1970 UTC.
     """
 
     __tablename__ = "ingests"
