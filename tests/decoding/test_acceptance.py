@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations, product
 
 import pytest
 import torch
 
 from paperworks.decoding import Exact, Greedy, Sampling, TokenTree, Typical
+from paperworks.decoding.sampling import check_logits, draw
 from tests.decoding.conftest import distance, enumerate_law
 
 SAMPLING = Sampling(temperature=1.0)
@@ -97,6 +99,27 @@ def test_typical_keeps_what_the_formula_keeps():
         assert (int(accepted.lengths[0]) == 2) == (float(law[token]) > threshold)
 
 
+def test_typical_threshold_falls_with_the_entropy():
+    """Behind a law this flat no token has epsilon, and exp(-entropy) decides: the figures by hand."""
+    law = torch.cat([torch.tensor([0.06, 0.03, 0.01]), torch.full((18,), 0.05)]).double()
+    bound = 0.3 * math.exp(sum(p * math.log(p) for p in law.tolist()))
+    assert 0.01 < bound < 0.03
+    tree = TokenTree(torch.tensor([[0, 2], [0, 1], [0, 0]]), torch.tensor([[-1, 0]] * 3))
+    accepted = Typical()(tree, law.log().expand(3, 2, -1), SAMPLING, torch.Generator().manual_seed(0))
+    assert accepted.lengths.tolist() == [1, 2, 2]
+    # A larger fraction of it asks for more, up to epsilon.
+    for alpha, epsilon, lengths in ((0.8, 0.09, [1, 1, 2]), (3.0, 0.09, [1, 1, 1]), (3.0, 0.02, [1, 2, 2])):
+        accepted = Typical(epsilon, alpha)(tree, law.log().expand(3, 2, -1), SAMPLING, torch.Generator())
+        assert accepted.lengths.tolist() == lengths
+
+
+@pytest.mark.parametrize(("epsilon", "alpha"), [(0.0, 0.3), (1.1, 0.3), (0.09, 0.0)])
+def test_typical_values_out_of_range_are_refused(epsilon, alpha):
+    with pytest.raises(ValueError, match="epsilon must be within"):
+        Typical(epsilon, alpha)
+    assert Typical(1.0, 1e-3).epsilon == 1
+
+
 def test_typical_breaks_ties_by_log_probability():
     law = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     tree = TokenTree(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, 0, 0]]))
@@ -120,3 +143,38 @@ def test_sampling_law_equals_transformers_warpers(top_k, top_p):
 def test_sampling_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_without_a_temperature_the_first_of_the_most_likely_tokens_has_all():
+    logits = torch.tensor([[[1.0, 3.0, 3.0], [2.0, -1.0, 0.0]], [[0.0, 0.0, 5.0], [-4.0, -3.0, -torch.inf]]])
+    law = Sampling().probabilities(logits)
+    assert law.tolist() == [[[0, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 0]]]
+    assert Sampling().greedy and not Sampling(0.1).greedy
+    kinds = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float64: torch.float64}
+    for sampling in (Sampling(), Sampling(0.7, 2, 0.9)):
+        assert {kind: sampling.probabilities(logits.to(kind)).dtype for kind in kinds} == kinds
+
+
+def test_what_makes_no_law_is_told_apart():
+    fine = torch.tensor([[0.0, -torch.inf], [1.0, 2.0]])
+    check_logits(fine)
+    for row, words in (
+        ([-torch.inf, -torch.inf], "no token is possible"),
+        ([torch.nan, 0.0], "returned NaN logits"),
+        ([torch.inf, 0.0], "returned infinite logits"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_logits(torch.cat([fine, torch.tensor([row])]))
+
+
+def test_a_draw_is_the_inverse_of_the_summed_law_to_the_last_token(monkeypatch):
+    """A law in float32 whose tail its own sums would lose, at points of the unit interval up to its very ends."""
+    law = torch.tensor([0.0, 1.0] + [5e-8] * 1000 + [0.0])
+    sums = law.double().cumsum(0)
+    for point, token in ((0.0, 1), (0.5, 1), (0.99996, None), (0.99999, None), (1 - 2**-53, 1001)):
+        monkeypatch.setattr(
+            torch, "rand", lambda shape, point=point, **options: torch.full(shape, point, dtype=torch.float64)
+        )
+        expected = int((sums <= point * sums[-1]).sum()) if token is None else token
+        assert draw(law.expand(2, -1)).tolist() == [expected] * 2
+        assert token is not None or expected > 1

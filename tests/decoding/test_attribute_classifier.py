@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,10 +103,72 @@ def test_temperature_divides_what_the_classifier_says_of_held_out_prefixes():
     fit = classifier.fit(data, labels, epochs=100, learning_rate=1e-2, generator=torch.Generator().manual_seed(1))
     kept = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:8]
     with torch.no_grad():
-        said = torch.stack([classifier(hidden[kept, 0], torch.zeros(8, 1)), classifier(hidden[kept, 1], torch.zeros(8, 2))])
+        said = torch.stack(
+            [classifier(hidden[kept, 0], torch.zeros(8, 1)), classifier(hidden[kept, 1], torch.zeros(8, 2))]
+        )
     truth = labels[kept].expand(2, 8)
     loss = -torch.where(truth, said, (-said.expm1()).log()).mean()
     assert fit.temperature > 3 and float(loss) == pytest.approx(fit.held_out_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 5])
+def test_log_odds_are_of_the_normed_state_and_the_share_of_the_length(width):
+    """By hand: (h - mean) / sd and tokens / max_new_tokens, through a linear map or one hidden layer of SiLU."""
+    torch.manual_seed(0)
+    classifier = AttributeClassifier(4, 8, width=width)
+    classifier.temperature.fill_(2.0)
+    hidden, tokens = 30 * torch.randn(3, 2, 4).double(), torch.zeros(3, 2, 6, dtype=torch.long)
+    normed = (hidden - hidden.mean(-1, keepdim=True)) / hidden.std(-1, correction=0, keepdim=True)
+    read = torch.cat([normed, torch.full((3, 2, 1), 6 / 8)], dim=-1).float()
+    last = classifier.layers
+    if width:
+        first, _, last = classifier.layers
+        u = read @ first.weight.T + first.bias
+        read = u * u.sigmoid()
+    odds = (read @ last.weight.T + last.bias)[..., 0]
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.logits(hidden, torch.full((3, 2), 6)), odds, atol=1e-4, rtol=0)
+        torch.testing.assert_close(classifier(hidden, tokens).exp(), (odds / 2).sigmoid(), atol=1e-4, rtol=0)
+        halves = classifier(hidden.bfloat16(), tokens)
+    assert halves.dtype == torch.float32 and AttributeClassifier(4, 1, width=0).config["max_new_tokens"] == 1
+
+
+def test_fit_counts_prefixes_epochs_and_the_base_rate_of_the_training_texts():
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 6, (30,), generator=generator)
+    mask = torch.arange(6) < (1 + lengths)[:, None]
+    mask[:, 0] = False  # the prompt
+    data = DraftingData(torch.zeros(30, 6, dtype=torch.long), torch.randn(30, 6, 8, generator=generator), mask)
+    labels, done = torch.rand(30, generator=generator) < 0.3, []
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    kept, train = order[:6], order[6:]
+    fit = AttributeClassifier(8, 5, width=0).fit(
+        data, labels, epochs=3, batch_size=20, progress=done.append, generator=torch.Generator().manual_seed(5)
+    )
+    assert len(fit.losses) == 3 * math.ceil(int(lengths[train].sum()) / 20) and done == [1, 1, 1]
+    rate = float((labels[train] * lengths[train]).sum() / lengths[train].sum())
+    share = float((labels[kept] * lengths[kept]).sum() / lengths[kept].sum())
+    assert fit.prior_loss == pytest.approx(-share * math.log(rate) - (1 - share) * math.log(1 - rate), rel=1e-4)
+    # The rate falls to nothing in a line, without which the weights would go on moving.
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimiser, *args, **options):
+        rates.append((optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["weight_decay"]))
+        return step(optimiser, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        AttributeClassifier(8, 5).fit(data, labels, epochs=2, batch_size=1000, held_out=0.5, learning_rate=0.25)
+    assert rates == [(0.25, 0.1), (pytest.approx(0.125), 0.1)]
+    assert len(AttributeClassifier(8, 5).fit(data, labels, epochs=1, batch_size=1).losses) > 24
+
+
+def test_temperature_stays_within_1_and_20():
+    truth = (torch.arange(8) % 2).float()
+    assert _temperature(0.1 * (2 * truth - 1), truth) == 1  # asks for larger logits
+    assert _temperature(torch.randn(8, generator=torch.Generator().manual_seed(0)) * 50, truth) <= 20
+    assert _temperature(-50 * (2 * truth - 1), truth) == 20  # wrong about all
 
 
 @pytest.mark.parametrize("width", [0, 16])
@@ -113,12 +177,13 @@ def test_saved_and_loaded_classifier_says_the_same(width, tmp_path):
     data, labels, _ = sampled(model, 60, 3)
     classifier = AttributeClassifier.from_target(model, max_new_tokens=3, width=width)
     classifier.fit(data, labels, epochs=2)
-    classifier.save_pretrained(tmp_path / "saved")
-    again = AttributeClassifier.from_pretrained(tmp_path / "saved")
+    for _ in range(2):  # into folders that are not there yet, and over what is
+        classifier.save_pretrained(tmp_path / "some" / "saved")
+    again = AttributeClassifier.from_pretrained(tmp_path / "some" / "saved")
     hidden, tokens = torch.randn(2, 5, 16), torch.zeros(2, 5, 2, dtype=torch.long)
     assert torch.equal(again(hidden, tokens), classifier(hidden, tokens))
     assert classifier(hidden, tokens).shape == (2, 5) and bool((classifier(hidden, tokens) < 0).all())
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "some" / "saved").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_same_seed_same_classifier():
@@ -144,8 +209,14 @@ def test_bad_input_is_refused(tmp_path):
         classifier.fit(data, torch.ones_like(labels))
     with pytest.raises(ValueError, match="held_out must be within"):
         classifier.fit(data, labels, held_out=1.0)
-    with pytest.raises(ValueError, match="width at least 0"):
-        AttributeClassifier(4, 3, width=-1)
+    for wrong in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"held_out": 0.0}):
+        with pytest.raises(ValueError, match="held_out must be within"):
+            classifier.fit(data, labels, **wrong)
+    for sizes in ((4, 3, -1), (0, 3, 1), (4, 0, 1)):
+        with pytest.raises(ValueError, match="width at least 0"):
+            AttributeClassifier(*sizes[:2], width=sizes[2])
+    with pytest.raises(ValueError, match="repeated within"):
+        degeneracy([1], {0}, ngram=0)
     with pytest.raises(ValueError, match="repeated within"):
         degeneracy([1], {0}, repeated=2.0)
     with pytest.raises(ValueError, match="no saved attribute classifier"):

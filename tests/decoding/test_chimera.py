@@ -394,6 +394,14 @@ def test_default_tree_has_the_papers_counts(model):
         tree = Chimera.from_target(model, heads=heads).tree
         assert [sum(len(path) == depth + 1 for path in tree.paths) for depth in range(heads)] == counts
         assert max(map(max, tree.paths)) == 3
+    # At each depth, of all children of what is kept above, those with the smallest sums of ranks.
+    level = {()}
+    for depth, count in enumerate((4, 8, 8, 3), 1):
+        children = sorted(
+            ((*path, rank) for path in level for rank in range(4)), key=lambda path: (sum(path), path)
+        )  # fmt: skip
+        level = set(children[:count])
+        assert level == {path for path in Chimera.from_target(model).tree.paths if len(path) == depth}
 
 
 def test_saved_with_its_options_and_vocabulary(model, prompt, tmp_path):

@@ -175,6 +175,7 @@ def test_custom_generate_of_transformers():
         (dict(num_beams=0), "num_beams must be at least 1"),
         (dict(weight=-0.1), "weight must be a number from 0 on"),
         (dict(weight=float("nan")), "weight"),
+        (dict(weight=float("inf")), "weight"),
         (dict(candidates=0), "candidates must be between 1"),
         (dict(candidates=41), r"the vocabulary \(40\)"),
     ],
@@ -289,6 +290,28 @@ def test_exact_mode_that_gives_up_says_so():
     found = exact_mode(model, prompt, max_new_tokens=20, length=9, eos_token_id=0, width=2, max_calls=15)
     assert not found.proven and found.target_calls == 15
     assert len(found.tokens) in (0, 10)
+    # One pass for the first of two tokens: nothing has been finished, or what has is not known to be the best.
+    once = exact_mode(model, prompt, max_new_tokens=20, length=2, eos_token_id=0, max_calls=1)
+    assert (once.tokens, once.log_probability, once.proven, once.target_calls) == ([], -math.inf, False, 1)
+
+
+def test_a_mode_has_the_probability_of_its_text_and_no_pass_is_needed_for_an_empty_one():
+    model, prompt = make_model(), torch.tensor([[2, 1]])
+    mode = exact_mode(model, prompt[0], max_new_tokens=3, length=2, eos_token_id=[5, 9])
+    with torch.no_grad():
+        law = model(torch.cat([prompt, torch.tensor([mode.tokens])], dim=1)).logits[0, 1:-1].log_softmax(-1)
+    assert mode.proven and len(mode.tokens) == 3 and mode.tokens[-1] in (5, 9) and not {5, 9} & set(mode.tokens[:-1])
+    assert mode.log_probability == pytest.approx(float(law[range(3), mode.tokens].sum()), abs=1e-5)
+    empty = exact_mode(model, prompt, max_new_tokens=1, eos_token_id=5)
+    assert (empty.tokens, empty.proven, empty.target_calls) == ([5], True, 0)
+
+
+def test_scores_of_half_precision_are_kept_in_float32():
+    model = make_model(dtype=torch.bfloat16)
+    search = ConditionalBeamSearch(model, lambda hidden, tokens: hidden[..., 0].abs().neg(), num_beams=2)
+    found = search.generate(PROMPTS[:1], max_new_tokens=3, eos_token_id=[])
+    kinds = {found.scores.dtype, found.log_likelihoods.dtype, found.log_attributes.dtype}
+    assert kinds == {torch.float32} and found.target_calls == 3
 
 
 def test_exact_mode_refuses_bad_input():

@@ -436,7 +436,19 @@ def test_a_tuned_head_starts_as_the_models_own_on_that_layer():
         state = raw_outputs(model, PROMPT)[1]
         with torch.no_grad():
             expected = model.lm_head(model.model.norm(state))
-            torch.testing.assert_close(DynamicInference(model, head="tuned").logits(2, state), expected)
+            dynamic = DynamicInference(model, head="tuned")
+            torch.testing.assert_close(dynamic.logits(2, state), expected)
+            matrix = dynamic.heads[1].correction.weight.normal_(generator=torch.Generator().manual_seed(0))
+            z = model.model.norm(state)
+            torch.testing.assert_close(dynamic.logits(2, state), model.lm_head(z + z @ matrix.T))
+
+
+def test_a_tuned_head_trains_a_norm_of_its_own_where_the_model_is_frozen_too():
+    model = deep_model(dtype=torch.float32).requires_grad_(False)
+    dynamic, before = DynamicInference(model, head="tuned"), model.model.norm.weight.clone()
+    dynamic.fit_heads(text(4), epochs=1, batch_size=4, learning_rate=1e-2)
+    assert all(not torch.equal(head.norm.weight, before) and head.correction.weight.any() for head in dynamic.heads)
+    assert torch.equal(model.model.norm.weight, before)
 
 
 def test_training_finds_easy_and_hopeless_tokens():
@@ -487,13 +499,18 @@ def test_a_smaller_vocabulary_leaves_other_tokens_to_the_last_layer():
 def test_what_is_saved_and_loaded_does_the_same(tmp_path, options):
     model = deep_model()
     dynamic = scrambled(model, **options)
-    dynamic.save_pretrained(tmp_path)
-    again = DynamicInference.from_pretrained(tmp_path, model)
+    for _ in range(2):  # into folders that are not there yet, and over what is
+        dynamic.save_pretrained(tmp_path / "some" / "heads")
+    again = DynamicInference.from_pretrained(tmp_path / "some" / "heads", model)
     one, other = (d.generate(PROMPT, exit_threshold=0.5, stop_threshold=0.8, eos_token_id=[]) for d in (dynamic, again))
     assert (one.new_tokens, one.exit_layers, one.stopped) == (other.new_tokens, other.exit_layers, other.stopped)
     assert again.layers == dynamic.layers and again.state_dict().keys() == dynamic.state_dict().keys()
     with pytest.raises(ValueError, match="another model"):
-        DynamicInference.from_pretrained(tmp_path, deep_model(layers=7))
+        DynamicInference.from_pretrained(tmp_path / "some" / "heads", deep_model(layers=7))
+    config = tmp_path / "some" / "heads" / "config.json"
+    config.write_text(config.read_text().replace("DynamicInference", "Another"))
+    with pytest.raises(ValueError, match="another class"):
+        DynamicInference.from_pretrained(config.parent, model)
     with pytest.raises(ValueError, match="holds no saved"):
         DynamicInference.from_pretrained(tmp_path / "nowhere", model)
 
@@ -506,6 +523,87 @@ def test_half_precision_serves_and_trains():
     assert next(dynamic.heads.parameters()).dtype == torch.bfloat16
     assert dynamic.fit_controller(text(8, 16), epochs=1)[0] > 0 and dynamic.controller.weight.dtype == torch.float32
     assert len(dynamic.generate(PROMPT, policy=at(2), eos_token_id=[]).new_tokens[0]) == 10
+
+
+def test_what_a_completion_cost_is_counted(monkeypatch):
+    model, now = deep_model(), [0.0]
+    monkeypatch.setattr("paperworks.decoding.dynamic_inference.perf_counter", lambda: now[0])
+    dynamic = scrambled(model)
+    with model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 10)):
+        whole = dynamic.generate(PROMPT, max_new_tokens=6, eos_token_id=[], **OFF)
+    # The prompt's pass goes through the model's own door; a pass that may be left early does not.
+    assert whole.statistics.target_seconds == 10.0
+    assert (whole.statistics.target_calls, whole.statistics.emitted) == (5, [[1] * 5])
+    assert whole.stopped_at is None and whole.sequences[0].tolist() == PROMPT[0].tolist() + whole.new_tokens[0]
+    asked = []
+
+    def third(layer, hidden):
+        asked.append(layer)
+        return Action.STOP if len(asked) == 4 + 4 + 2 else Action.CONTINUE
+
+    stopped = dynamic.generate(PROMPT, max_new_tokens=6, eos_token_id=[], policy=third)
+    assert stopped.stopped_at == 2 and stopped.new_tokens[0] == whole.new_tokens[0][:3]
+    assert (stopped.statistics.target_calls, stopped.statistics.emitted) == (3, [[1] * 2])
+
+
+@pytest.mark.parametrize("part", ["fit_heads", "fit_controller"])
+def test_training_is_adamw_at_a_rate_that_falls_to_nothing_in_a_line(part, monkeypatch):
+    dynamic, seen, done = DynamicInference(deep_model(dtype=torch.float32)), [], []
+    step = torch.optim.AdamW.step
+
+    def watched(optimiser, *args, **options):
+        (group,) = optimiser.param_groups
+        norm = torch.stack([weight.grad.norm() for weight in group["params"]]).norm()
+        seen.append((group["lr"], group["weight_decay"], float(norm)))
+        return step(optimiser, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    options = {"epochs": 2.5, "batch_size": 3, "learning_rate": 0.5, "weight_decay": 0.25}
+    losses = getattr(dynamic, part)(text(6), progress=done.append, **options)
+    assert len(losses) == len(seen) == 5 and done == [1] * 5
+    assert [rate for rate, *_ in seen] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert {decay for _, decay, _ in seen} == {0.25} and max(norm for *_, norm in seen) <= 1 + 1e-5
+    assert len(getattr(dynamic, part)(text(6), epochs=0.01)) == 1
+    for wrong in ({"batch_size": 0}, {"weight_decay": -0.1}, {"epochs": -1}, {"learning_rate": 0.0}):
+        with pytest.raises(ValueError, match="weight_decay not negative"):
+            getattr(dynamic, part)(text(6), **wrong)
+
+
+def test_the_controllers_first_step_is_as_long_for_entries_of_any_size():
+    """From zero, a step of Adam is the rate times the slope's sign: on entries divided by their mean absolute value."""
+    model = deep_model()
+    dynamic, blocks = DynamicInference(model), text(4, 9)
+    states, labels = dynamic.read(blocks).states, dynamic.read(blocks).labels
+    weight = torch.zeros(3, 16, dtype=torch.float64, requires_grad=True)
+    scale = states.abs().mean((0, 1, 2))
+    points = torch.stack([
+        torch.nn.functional.cross_entropy((states[k] / scale @ weight.T).flatten(0, 1), labels[k].flatten())
+        for k in range(4)
+    ])  # fmt: skip
+    (slope,) = torch.autograd.grad((points * torch.tensor([0.1, 0.2, 0.3, 0.4])).sum(), weight)
+    dynamic.fit_controller(blocks, epochs=1, batch_size=4, learning_rate=0.02)
+    torch.testing.assert_close(dynamic.controller.weight.detach(), -0.02 * slope.sign() / scale, rtol=1e-4, atol=0)
+    assert float(scale.max() / scale.min()) > 1.5
+    # From elsewhere too it is the same map that is trained on.
+    other = scrambled(model)
+    before = other.controller.weight.detach().clone()
+    said = other.controller_loss(states, other.read(blocks).labels).item()
+    losses = other.fit_controller(blocks, epochs=1, batch_size=4, learning_rate=1e-12)
+    assert losses[0] == pytest.approx(said) and torch.allclose(other.controller.weight, before)
+
+
+def test_reading_is_the_same_in_batches_that_are_counted():
+    dynamic, blocks, done = scrambled(deep_model()), text(5), []
+    one, other = dynamic.read(blocks, batch_size=2, progress=done.append), dynamic.read(blocks)
+    assert done == [2, 2, 1]
+    for name in ("layers", "tokens", "predictions"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    torch.testing.assert_close(one.probabilities, other.probabilities)
+    torch.testing.assert_close(one.states, other.states)
+    torch.testing.assert_close(
+        one.probabilities, (one.states @ dynamic.controller.weight.T).softmax(-1), atol=1e-12, rtol=0
+    )
+    assert one.tokens.tolist() == blocks[:, 1:].tolist() and one.states.shape == (4, 5, 13, 16)
 
 
 def test_an_end_token_ends():
@@ -554,7 +652,14 @@ def test_the_model_is_left_as_it_was(monkeypatch):
         (lambda d: d.generate(PROMPT, max_new_tokens=100), "context"),
         (lambda d: d.generate(PROMPT, exit_threshold=-0.1), "probabilities"),
         (lambda d: d.generate(PROMPT, stop_threshold=float("nan")), "probabilities"),
+        (lambda d: DynamicInference(d.model, vocabulary=torch.tensor([-1])), r"within 0\.\.39"),
         (lambda d: d.fit_heads(torch.zeros(3, dtype=torch.long)), "blocks must be int64"),
+        (lambda d: d.fit_heads(torch.zeros(3, 4)), "blocks must be int64"),
+        (lambda d: d.fit_heads(torch.zeros(3, 1, dtype=torch.long)), "at least 1 x 2"),
+        (lambda d: d.fit_heads(torch.zeros(0, 4, dtype=torch.long)), "at least 1 x 2"),
+        (lambda d: d.fit_heads(text() - 40), "wrong tokenizer"),
+        (lambda d: d.read(torch.full((1, 4), 40)), r"outside 0\.\.39"),
+        (lambda d: d.logits(0, torch.zeros(16)), "no head stands behind layer 0"),
         (lambda d: d.fit_heads(text(vocab=60)), "wrong tokenizer"),
         (lambda d: d.fit_heads(text(), epochs=0), "epochs"),
         (lambda d: d.fit_controller(text(), learning_rate=-1), "learning_rate"),

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from paperworks.decoding import (
+    ConditionalBeamSearch,
     Drafter,
+    DynamicInference,
+    EntropyAdaptiveDecoding,
+    EntropySwitch,
+    HiddenStateOptimization,
     Hydra,
+    Statistics,
+    SuperposedDecoding,
     TokenTree,
     as_custom_generate,
+    exact_mode,
     generate,
     stream,
 )
-from tests.decoding.conftest import TREE, make_model, output, scramble
+from paperworks.decoding.engine import end_tokens
+from tests.decoding.conftest import DRAFTERS, TREE, make_model, output, scramble
 
 
 class Oracle(Drafter):
@@ -156,3 +167,69 @@ def test_attention_that_takes_no_mask_is_refused(model, prompt):
 def test_what_is_no_language_model_is_refused(prompt):
     with pytest.raises(TypeError, match="expected a transformers causal language model"):
         generate(torch.nn.Linear(2, 2), prompt)
+
+
+def test_statistics_say_whose_time_it_was_and_what_was_drafted(model, prompt, monkeypatch):
+    now, drafter = [0.0], Oracle(model, 3)
+    monkeypatch.setattr("paperworks.decoding.engine.perf_counter", lambda: now[0])
+    propose = drafter.propose
+
+    def slowly(*arguments):
+        now[0] += 3
+        return propose(*arguments)
+
+    drafter.propose = slowly
+    with model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 10)):
+        made = generate(model, prompt, drafter=drafter, max_new_tokens=9, eos_token_id=[], profile=True).statistics
+    # The prompt's pass and two more; three drafts before each.
+    assert (made.target_calls, made.drafted, made.emitted) == (2, 6, [[4, 4]])
+    assert (made.target_seconds, made.drafting_seconds) == (30.0, 6.0)
+
+
+def test_tokens_a_call_are_the_mean_over_all_rows(model):
+    assert Statistics(emitted=[[4, 2], [1]]).accepted_per_call == pytest.approx(7 / 3)
+    assert math.isnan(Statistics(emitted=[[], []]).accepted_per_call)
+    prompts = torch.tensor([[3, 1, 2, 0, 2], [9, 9, 4, 4, 1]])
+    made = generate(model, prompts, max_new_tokens=6, eos_token_id=[]).statistics
+    assert (made.target_calls, made.drafted, made.emitted, made.accepted_per_call) == (5, 0, [[1] * 5] * 2, 1.0)
+
+
+def test_end_tokens_come_as_a_number_a_list_a_tensor_or_from_the_model(model):
+    model.generation_config.eos_token_id = [7, 9]
+    for given, wanted in ((None, {7, 9}), (3, {3}), ([], set()), ([3, 4], {3, 4}), (torch.tensor([5, 6]), {5, 6})):
+        assert end_tokens(model, given) == wanted
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, None) == set() == end_tokens(torch.nn.Linear(1, 1), None)
+    assert end_tokens(model, torch.tensor(5)) == {5}
+
+
+INT32 = {
+    "plain": lambda model, ids: generate(model, ids, max_new_tokens=8, eos_token_id=[]).new_tokens,
+    "processed": lambda model, ids: generate(
+        model, ids, max_new_tokens=8, eos_token_id=[], logits_processor=RepetitionPenaltyLogitsProcessor(1.3)
+    ).new_tokens,
+    "hidden states": lambda model, ids: HiddenStateOptimization(model, window=3)
+    .generate(ids, max_new_tokens=8, eos_token_id=[]).new_tokens,
+    "read": lambda model, ids: HiddenStateOptimization(model, window=3).log_likelihood(ids).tolist(),
+    "classified": lambda model, ids: HiddenStateOptimization(model)
+    .classify(ids, ids == 1, [torch.tensor([4], dtype=ids.dtype), torch.tensor([5, 6], dtype=ids.dtype)]).tolist(),
+    "beam": lambda model, ids: ConditionalBeamSearch(model, lambda hidden, tokens: -(tokens == 7).double().sum(-1))
+    .generate(ids, max_new_tokens=4, eos_token_id=[]).new_tokens,
+    "mode": lambda model, ids: exact_mode(model, ids, max_new_tokens=3, eos_token_id=0).tokens,
+    "superposed": lambda model, ids: SuperposedDecoding(model)
+    .generate(ids, max_new_tokens=4, eos_token_id=[]).new_tokens,
+    "two models": lambda model, ids: EntropyAdaptiveDecoding(model, model, EntropySwitch(2.0, min_stay=1))
+    .generate(ids, max_new_tokens=8, eos_token_id=[]).new_tokens,
+    "layers": lambda model, ids: DynamicInference(model).generate(ids, eos_token_id=[]).new_tokens,
+    **{
+        name: lambda model, ids, name=name: generate(
+            model, ids, drafter=scramble(DRAFTERS[name](model)), max_new_tokens=8, eos_token_id=[]
+        ).new_tokens
+        for name in ("hydra++", "chimera", "fspad", "rsd-s")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", INT32.values(), ids=INT32)
+def test_prompts_of_int32_are_read_as_those_of_int64(call, model, prompt):
+    assert call(model, prompt.int()) == call(model, prompt)

@@ -357,6 +357,56 @@ def test_calibrate_finds_the_share():
     assert sum(made) / 4 == pytest.approx(0.5, abs=0.15)
 
 
+@pytest.mark.parametrize("options", [{"entropy_of": "small"}, {"start": "large"}])
+def test_calibrate_reads_the_texts_by_the_rule_that_will_write_them(options, monkeypatch):
+    """Of two models that differ: the first texts are by the one that starts, and the share is that of a replay."""
+    small, large = pair()
+    prompts = [torch.tensor([[first, 2, 3]]) for first in range(4)]
+    whose = options.pop("entropy_of", "active")
+    switch = EntropySwitch(0.0, window=2, min_stay=3, **options)
+    decoding, read = EntropyAdaptiveDecoding(small, large, switch, entropy_of=whose), []
+    entropies = EntropyAdaptiveDecoding._entropies
+    monkeypatch.setattr(
+        EntropyAdaptiveDecoding,
+        "_entropies",
+        lambda self, text: read.append((text, entropies(self, text))) or read[-1][1],
+    )
+    threshold = decoding.calibrate(prompts, 0.4, rounds=1, max_new_tokens=20, **NONE)
+    assert len(read) == 4 and decoding.switch.threshold == 0.0
+    for prompt, (text, found) in zip(prompts, read, strict=True):
+        model = large if switch.start == "large" else small
+        assert text.new_tokens[0] == list(output(model, prompt, max_new_tokens=20))
+        assert found.shape == (20, 2) and found.dtype == torch.float64
+        ids = text.sequences[0].tolist()
+        for place in (0, 7, 19):
+            laws = [fresh_law(one, ids[: 3 + place]) for one in (small, large)]
+            assert found[place].tolist() == pytest.approx([bits(law) for law in laws])
+
+    def share(tau):
+        writers = []
+        for _, found in read:
+            rule = replace(switch, threshold=tau)
+            for of_small, of_large in found.tolist():
+                writers.append(rule.active)
+                rule.step(of_small if whose == "small" or rule.active == "small" else of_large)
+        return writers.count("large") / len(writers)
+
+    best = min(abs(share(step / 50) - 0.4) for step in range(-1, 270))
+    assert abs(share(threshold) - 0.4) <= best + 0.01
+
+
+def test_what_is_told_of_a_text_is_what_each_token_was_judged_by(prompt):
+    small, large = pair()
+    switch = lively(small, large, prompt, window=3)
+    result = sampled(small, large, prompt, switch)
+    assert result.rolling == pytest.approx(
+        [sum(part) / len(part) for part in (result.entropies[max(0, t - 2) : t + 1] for t in range(40))]
+    )
+    assert result.switches == sum(a != b for a, b in pairwise(result.models)) > 1
+    assert result.large_fraction == result.models.count("large") / 40
+    assert result.sequences.shape == (1, 45) and result.sequences[0, 5:].tolist() == result.new_tokens[0]
+
+
 def test_an_end_token_of_either_model_ends_the_text(prompt):
     small, large = pair()
     whole = output(large, prompt, max_new_tokens=10)
@@ -411,6 +461,12 @@ def test_bad_input_is_told(prompt):
         decoding.generate(prompt, max_new_tokens=60)
     with pytest.raises(ValueError, match="within \\[0, 1\\]"):
         decoding.calibrate([prompt], 1.5)
+    for prompts, share, rounds in (([], 0.5, 1), ([prompt], 0.5, 0), ([prompt], -0.1, 1)):
+        with pytest.raises(ValueError, match="within \\[0, 1\\]"):
+            decoding.calibrate(prompts, share, rounds=rounds)
+    for wrong in ((1.1, 1, 2), (-0.1, 1, 2), (0.5, 1, 0)):
+        with pytest.raises(ValueError, match="positive"):
+            relative_cost(*wrong)
     with pytest.raises(ValueError, match="positive"):
         relative_cost(0.5, 0, 1)
     decoding.switch = object()

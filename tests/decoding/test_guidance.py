@@ -80,7 +80,11 @@ def test_a_drafter_learns_the_guided_law():
     ("call", "message"),
     [
         (lambda: guided(make_model(), -1.0), "scale must be a number of at least 0"),
+        (lambda: guided(make_model(), float("inf")), "scale must be a number of at least 0"),
+        (lambda: guided(make_model(), float("nan")), "scale must be a number of at least 0"),
         (lambda: ClassifierFreeGuidance(make_model(), condition=[0], null=40), r"within 0\.\.39"),
+        (lambda: ClassifierFreeGuidance(make_model(), condition=[0, 40], null=1), r"within 0\.\.39"),
+        (lambda: ClassifierFreeGuidance(make_model(), condition=[-1], null=1), r"within 0\.\.39"),
         (lambda: guided(capped()), "caps its logits"),
     ],
 )
@@ -93,6 +97,24 @@ def capped():
     model = make_model("gemma3")
     model.config.final_logit_softcapping = 30.0
     return model
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 7.0])
+def test_a_scale_of_0_forgets_the_condition_and_others_go_on_from_there(scale):
+    model, ids = make_model(), torch.tensor([[1, 5, 6, 0, 7, 39]])
+    with torch.no_grad():
+        logits = guided(model, scale)(ids).logits
+        torch.testing.assert_close(logits, by_hand(model, ids, scale), atol=1e-9, rtol=0)
+        picked = guided(model, scale)(ids, logits_to_keep=torch.tensor([1, 4])).logits
+    torch.testing.assert_close(picked, logits[:, [1, 4]], atol=1e-12, rtol=0)
+    if not scale:
+        with torch.no_grad():
+            assert torch.allclose(logits, model(torch.tensor([[2, 5, 6, 2, 7, 39]])).logits)
+    # One cache holds both: as many layers again, of the same kinds.
+    for family in ("llama", "gemma3"):
+        config = guided(make_model(family)).config
+        assert config.num_hidden_layers == 4 and make_model(family).config.num_hidden_layers == 2
+        assert family == "llama" or config.layer_types == ["sliding_attention", "full_attention"] * 2
 
 
 def test_every_family_decodes():

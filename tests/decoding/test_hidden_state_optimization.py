@@ -197,6 +197,36 @@ def test_generated_text_is_the_greedy_text_of_states_that_learnt_from_all_window
     assert written.tolist() != generate(model, prompt, max_new_tokens=8, eos_token_id=[]).sequences.tolist()
 
 
+def test_what_was_written_is_counted_filled_up_and_drawn_from_the_law_asked_for():
+    model = make_model()
+    method = HiddenStateOptimization(model, learning_rate=0.05, window=4)
+    prompts = torch.stack([TEXT[0, :7], TEXT[0, 9:16]]).int()
+    free = method.generate(prompts, max_new_tokens=9, eos_token_id=[])
+    assert free.statistics.target_calls == 9 and free.statistics.emitted == [[1] * 9] * 2
+    assert free.sequences[:, :7].tolist() == prompts.tolist()
+    ends = [next(token for token in free.new_tokens[0] if token not in free.new_tokens[1])]
+    for end in (ends, ends[0]):
+        cut = method.generate(prompts, max_new_tokens=9, eos_token_id=end, pad_token_id=39)
+        place = free.new_tokens[0].index(ends[0]) + 1
+        assert cut.new_tokens == [free.new_tokens[0][:place], free.new_tokens[1]]
+        assert cut.sequences[0].tolist() == prompts[0].tolist() + free.new_tokens[0][:place] + [39] * (9 - place)
+        assert cut.statistics.target_calls == 9 and cut.statistics.emitted == [[1] * place, [1] * 9]
+    model.generation_config.eos_token_id = ends[0]
+    assert method.generate(prompts, max_new_tokens=9, pad_token_id=39).new_tokens == cut.new_tokens
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        drawn = method.generate(prompts, max_new_tokens=9, temperature=5.0, eos_token_id=[], **narrow)
+        assert drawn.new_tokens == free.new_tokens
+
+
+@pytest.mark.parametrize("window", [1, 3, 22, 100])
+def test_any_window_up_to_the_whole_text_and_beyond(window):
+    model = make_model()
+    method = HiddenStateOptimization(model, learning_rate=0.05, window=window, optimizer="sgd")
+    torch.testing.assert_close(
+        method.log_likelihood(TEXT).double(), by_hand(model, TEXT, window, 0.05), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_few_shot_states_learn_the_labels_and_nothing_else():
     model = make_model()
     prompt, labels = TEXT[:, :12], torch.zeros(1, 12, dtype=torch.bool)
@@ -262,7 +292,10 @@ def test_a_text_may_fill_the_context_and_no_more():
         (dict(learning_rate=0.0), "learning_rate and epsilon must be positive"),
         (dict(learning_rate=float("nan")), "learning_rate"),
         (dict(optimizer="lbfgs"), "'adam' or 'sgd'"),
+        (dict(learning_rate=float("inf")), "learning_rate"),
+        (dict(epsilon=0.0), "learning_rate and epsilon must be positive"),
         (dict(betas=(1.0, 0.9)), "betas"),
+        (dict(betas=(0.9, -0.1)), "betas"),
     ],
 )
 def test_bad_values_are_refused(options, words):

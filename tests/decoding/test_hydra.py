@@ -378,6 +378,9 @@ def test_soft_cross_entropy_and_its_slope_are_those_of_torch(positions):
     "options, words",
     [
         ({"heads": 0}, "heads must be at least 1"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"label_weight": -1.0, "teacher_weight": 2.0}, "must not be negative"),
+        ({"noise": -0.1}, "must not be negative"),
         ({"heads": 1, "tree": [(0,), (0, 0)]}, "2 deep but there are 1 heads"),
         ({"tree": [(0, 0)]}, "its prefix"),
         ({"tree": [(0,), (0,)]}, "distinct"),

@@ -168,6 +168,65 @@ def test_given_frames_bear_no_loss_and_labels_condition():
     torch.testing.assert_close(whole - rest, first)
 
 
+@pytest.mark.parametrize("given", [0, 1])
+def test_the_loss_is_the_mean_over_all_tokens_that_are_not_given(given):
+    model = make(classes=3)
+    tokens, label = codes(4), torch.tensor([0, 2, 1, 1])
+    with torch.no_grad():
+        total = model.log_prob(tokens, label, given_frames=given).sum()
+        loss = model.loss(tokens, label, given_frames=given)
+    assert float(loss) == pytest.approx(-float(total) / (4 * (12 - 6 * given)))
+
+
+def test_a_class_moves_the_begin_block_and_nothing_else():
+    model, plain = make(classes=3), make()
+    weights = {name: value for name, value in model.state_dict().items() if name != "label.weight"}
+    for label in range(3):
+        weights["begin"] = model.begin + model.label.weight[label]
+        plain.load_state_dict(weights)
+        with torch.no_grad():
+            torch.testing.assert_close(model.log_prob(codes(), torch.tensor([label] * 2)), plain.log_prob(codes()))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_generation_without_a_choice_takes_the_most_likely_codes(options):
+    model = make()
+    made = model.generate(3, **options)
+    with torch.no_grad():
+        law = model(model._in_blocks(made)[:, :-1])
+    assert torch.equal(law.argmax(-1), model._in_blocks(made)) and made.dtype == torch.long
+    samples = model.generate(3, generator=torch.Generator().manual_seed(1))
+    assert samples.equal(model.generate(3, temperature=1.0, generator=torch.Generator().manual_seed(1)))
+    assert not samples.equal(made)
+
+
+def test_sizes_follow_from_what_is_asked_for():
+    model = NextBlockPrediction(vocab_size=5, grid=(2, 3, 4), block=(1, 3, 2), classes=2)
+    config = model.backbone.config
+    # Llama's two thirds of four widths, rounded up to a multiple of 16.
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (128, 352, 4)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 4)
+    assert (model.slots, model.blocks) == (6, 4) and config.max_position_embeddings == 30
+    assert (
+        model.begin.shape == (6, 128) and model.head.weight.shape == (5, 128) and model.label.weight.shape == (2, 128)
+    )
+    assert [tuple(table.weight.shape) for table in model.places] == [(2, 128), (3, 128), (4, 128)]
+    for weight in (model.begin, model.places[2].weight, model.label.weight):
+        assert 0.015 < float(weight.detach().std()) < 0.025
+
+
+def test_another_block_begins_with_these_weights_and_its_slots_take_turns():
+    model = make((1, 1, 3), classes=2)
+    for block in ((1, 2, 3), (1, 1, 1), (2, 1, 3)):
+        other = model.with_block(block)
+        assert other.block == block and other.config == {**model.config, "block": list(block)}
+        assert other.begin.equal(model.begin[[slot % 3 for slot in range(math.prod(block))]])
+        assert all(
+            value.equal(other.state_dict()[name]) for name, value in model.state_dict().items() if name != "begin"
+        )
+        assert other.begin.dtype == torch.float64
+
+
 def test_blocks_and_grid_are_inverse_and_in_order():
     model = make((1, 2, 1), grid=(2, 4, 3))
     grid = torch.arange(24).view(1, 2, 4, 3)
@@ -178,9 +237,14 @@ def test_blocks_and_grid_are_inverse_and_in_order():
 
 def test_saved_and_loaded_and_other_blocks(tmp_path):
     model = make()
-    model.save_pretrained(tmp_path)
-    again = NextBlockPrediction.from_pretrained(tmp_path)
-    assert again.log_prob(codes()).equal(model.log_prob(codes()))
+    for _ in range(2):  # into folders that are not there yet, and over what is
+        model.save_pretrained(tmp_path / "some" / "model")
+    again = NextBlockPrediction.from_pretrained(tmp_path / "some" / "model")
+    assert again.log_prob(codes()).equal(model.log_prob(codes())) and not again.training
+    config = tmp_path / "some" / "model" / "config.json"
+    config.write_text(config.read_text().replace("NextBlockPrediction", "Another"))
+    with pytest.raises(ValueError, match="another class"):
+        NextBlockPrediction.from_pretrained(config.parent)
     wider = make((1, 1, 1)).with_block((1, 1, 3))
     assert wider.blocks == 4 and wider.head.weight.equal(make((1, 1, 1)).head.weight)
     with pytest.raises(ValueError, match="holds no saved NextBlockPrediction"):
@@ -197,6 +261,14 @@ def test_saved_and_loaded_and_other_blocks(tmp_path):
         (lambda: make().log_prob(codes()[:0]), "there are no clips"),
         (lambda: make(classes=2).generate(2), "takes a label for each of 2"),
         (lambda: make(classes=2).generate(2, label=torch.tensor([0, 2])), r"labels must be within 0\.\.1"),
+        (lambda: make(classes=2).log_prob(codes(), torch.tensor([-1, 0])), r"labels must be within 0\.\.1"),
+        (lambda: make(classes=2).log_prob(codes(), torch.tensor([0])), "takes a label for each of 2"),
+        (lambda: make().log_prob(codes(), torch.tensor([0, 0])), "takes no label"),
+        (lambda: make().log_prob(codes() - 9), "within 0..4"),
+        (lambda: make().log_prob(codes(), given_frames=-1), "given frames must be fewer"),
+        (lambda: make(vocab=1), "vocab_size must be at least 2"),
+        (lambda: make((1, 1, 0)), "all other sizes at least 1"),
+        (lambda: make(classes=-1), "classes not negative"),
         (lambda: make().generate(3, given=codes()[:, :1]), "frames of 3 clips"),
         (lambda: make().generate(0), "count must be at least 1"),
         (lambda: make().generate(2, given=codes()), "given frames must be fewer"),

@@ -15,6 +15,9 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     WatermarkingConfig,
 )
 
@@ -241,6 +244,34 @@ def test_law_with_options_is_transformers_own_by_enumeration(options, name, monk
         monkeypatch,
     )
     assert distance(law, law_of_generate(model, prompt, 3, **LAWS[options])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "warpers",
+    [
+        [TopPLogitsWarper(0.1, min_tokens_to_keep=2)],
+        [TopPLogitsWarper(0.5, filter_value=-2.0)],
+        [TopKLogitsWarper(2, filter_value=-2.0)],
+        [TopKLogitsWarper(2), TemperatureLogitsWarper(3.0)],
+        [TopPLogitsWarper(0.6), TemperatureLogitsWarper(3.0)],
+        [TemperatureLogitsWarper(3.0), TopPLogitsWarper(0.6), TopKLogitsWarper(2)],
+        [TemperatureLogitsWarper(3.0), TopKLogitsWarper(3), TopPLogitsWarper(0.7)],
+    ],
+    ids=lambda warpers: " ".join(type(warper).__name__[:-12] for warper in warpers),
+)
+def test_warpers_given_as_processors_work_in_the_order_given(warpers, monkeypatch):
+    """Those that end the list and do what `Sampling` does are left to it, and no others."""
+    model, prompt = make_model(vocab=4), torch.tensor([[0, 2]])
+    options = {"top_k": 0, "logits_processor": LogitsProcessorList(warpers)}
+    law = enumerate_law(
+        lambda: tuple(
+            model.generate(prompt, custom_generate=as_custom_generate(), max_new_tokens=2, do_sample=True, **options)[
+                0, 2:
+            ].tolist()
+        ),
+        monkeypatch,
+    )
+    assert distance(law, law_of_generate(model, prompt, 2, **options)) < 1e-6
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -535,6 +566,9 @@ def test_two_models_that_take_turns_take_criteria_as_a_list_or_alone(talker):
         (dict(stopping_criteria=StoppingCriteriaList([AnyRow(3)])), "no stopping criteria"),
         (dict(return_dict_in_generate=True), "no return_dict_in_generate"),
         (dict(length_penalty=2.0, num_beams=3), "length_penalty"),
+        (dict(early_stopping=True, num_beams=3), "stops when nothing better can come"),
+        (dict(num_return_sequences=2, num_beams=3), "leave num_beams, num_return_sequences"),
+        (dict(num_beams=2), "the search has 3 beams of its own"),
         (dict(use_cache=False), "use_cache"),
         (dict(do_sample=True), "leave num_beams"),
     ],

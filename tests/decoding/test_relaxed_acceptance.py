@@ -234,6 +234,13 @@ def test_neighbours_are_those_of_scikit_learn():
     vectors = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     found = NearestNeighbors(n_neighbors=10).fit(vectors.numpy()).kneighbors(return_distance=False)
     assert nearest_codes(vectors, 10).tolist() == found.tolist()
+    assert nearest_codes(vectors).shape == (60, 59) and nearest_codes(vectors, 0).shape == (60, 0)
+    # Of more codes than are compared at once; of those as near the first comes first.
+    line = nearest_codes(torch.arange(1100.0)[:, None], 4)
+    assert line.shape == (1100, 4) and line[1023:1026].tolist() == [
+        [n - 1, n + 1, n - 2, n + 2] for n in range(1023, 1026)
+    ]
+    assert line[[0, 1099]].tolist() == [[1, 2, 3, 4], [1098, 1097, 1096, 1095]]
     # What uint16 can hold is enough to store them.
     stored = nearest_codes(vectors, 10).to(torch.uint16)
     assert RelaxedAcceptance(stored).nearest.equal(nearest_codes(vectors, 10))
@@ -271,6 +278,13 @@ def test_tokens_that_are_no_codes_have_no_neighbours():
         (lambda: RelaxedAcceptance(NEAR, delta=1.5), r"within \[0, 1\]"),
         (lambda: RelaxedAcceptance(NEAR, delta=0.5, mode="ratio"), r"within \[1, inf\]"),
         (lambda: RelaxedAcceptance(NEAR, neighbours=3), r"within 0\.\.2"),
+        (lambda: RelaxedAcceptance(NEAR, neighbours=-1), r"within 0\.\.2"),
+        (lambda: RelaxedAcceptance(NEAR, first_code=-1), "first_code not negative"),
+        (lambda: RelaxedAcceptance(NEAR, delta=-0.1), r"within \[0, 1\]"),
+        (lambda: RelaxedAcceptance(torch.tensor([[-1], [0]])), r"other codes within 0\.\.1"),
+        (lambda: RelaxedAcceptance(torch.tensor([1, 0])), "code numbers"),
+        (lambda: nearest_codes(torch.zeros(3)), "finite vectors"),
+        (lambda: nearest_codes(torch.zeros(3, 2), -1), r"within 0\.\.2"),
         (lambda: RelaxedAcceptance(NEAR, mode="both"), "tv or ratio"),
         (
             lambda: RelaxedAcceptance(NEAR, first_code=2)(

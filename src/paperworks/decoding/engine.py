@@ -248,7 +248,7 @@ def _steps(
     processors, criteria = as_processors(logits_processor), as_criteria(stopping_criteria)
     process, stop_check = None, None
     if processors or criteria:
-        padded = _left_padded(input_ids, attention_mask).to(target.device)
+        padded = _left_padded(input_ids.long(), attention_mask).to(target.device)
         process = TreeProcessors(processors, padded, pad) if processors else None
         stop_check = StopCheck(criteria, padded, pad, fill=bool(ends)) if criteria else None
 
@@ -398,7 +398,7 @@ def generate_as_asked(
 
 
 def split_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-    """The prompts of a padded batch, each without its padding.
+    """The prompts of a padded batch, each without its padding, in int64.
 
     Raises:
         ValueError: not integers of shape (batch, length), or a mask of another shape.
@@ -411,6 +411,8 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tens
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
         )
+    # Ids are used as indices, which int32 cannot be everywhere.
+    input_ids = input_ids.long()
     if attention_mask is None:
         return list(input_ids)
     return [row[keep.bool()] for row, keep in zip(input_ids, attention_mask, strict=True)]

@@ -193,7 +193,7 @@ class HiddenStateOptimization:
         """
         if not choices or not all(choice.ndim == 1 and len(choice) for choice in choices):
             raise ValueError("choices must be one or more 1-D tensors of at least one token id each")
-        answers = nn.utils.rnn.pad_sequence(list(choices), batch_first=True)
+        answers = nn.utils.rnn.pad_sequence(list(choices), batch_first=True).long()
         target, cache, tokens, known = self._start(input_ids, None, answers.shape[1])
         observed = labels.view(len(tokens), -1).bool().to(tokens.device)
         if len(tokens) != 1 or labels.shape != input_ids.shape or bool(observed[0, 0]):
