@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_model
+from sklearn.datasets import load_digits
 from torch import nn
 from typer.testing import CliRunner
 
-from paperworks import cli
+from paperworks import cli, hub
 from paperworks.consult.inspection import batches, inspect, load_network
 from paperworks.errors import UsageError
+from paperworks.representation import NeuralCollapse, PosteriorCollapse
 
 MODEL = """
 import torch
@@ -204,3 +208,115 @@ def test_a_classifier_whose_weights_do_not_fill_it_is_refused(script, tmp_path):
         load_network(str(tmp_path / "vit"))
     with pytest.raises(UsageError, match="do not fit"):
         load_network(f"{script}:build", weights=file)
+
+
+def test_a_table_is_cut_into_batches_in_its_order(script):
+    X, y = load_digits(return_X_y=True)
+    for options, size in (({}, 256), ({"batch_size": 500}, 500)):
+        loader = batches("digits", **options)
+        assert [len(part) for part, _ in loader] == [size] * (1797 // size) + [1797 % size]
+        shown, labels = (torch.cat(one) for one in zip(*loader, strict=True))
+        assert shown.dtype == torch.float32 and np.array_equal(shown, X) and np.array_equal(labels, y)
+
+
+def test_images_have_values_from_0_to_1_and_one_channel(monkeypatch):
+    images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2) * 23
+    found = hub.ImageData("pictures", images, np.array([0, 1, 0]), ("a", "b"))
+    monkeypatch.setattr(hub, "load_dataset", {"pictures": found}.get)
+    (shown, labels), (rest, _) = batches("pictures", 2)
+    assert shown.shape == (2, 1, 2, 2) and shown.dtype == torch.float32 and labels.dtype == torch.int64
+    assert np.allclose(torch.cat([shown, rest])[:, 0], images / 255, atol=1e-7) and labels.tolist() == [0, 1]
+
+
+def looked_at(weight, features, labels):
+    model = nn.Linear(2, len(weight), bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(weight))
+    found = inspect(model, [(torch.tensor(features, dtype=torch.float64), torch.tensor(labels))])
+    return {finding.name: finding for finding in found.findings}
+
+
+@pytest.mark.parametrize("squared, collapsed", [(0.19, True), (0.21, False)])
+def test_classes_are_points_where_nc1_is_below_a_tenth(squared, collapsed):
+    # Means of -1 and 1, and noise along them: tr(Sigma_W pinv(Sigma_B)) / 2 is half its square.
+    noise = math.sqrt(squared)
+    features = [[-1 - noise, 0.0], [-1 + noise, 0.0], [1 - noise, 0.0], [1 + noise, 0.0]]
+    found = looked_at([[-1.0, 0.0], [1.0, 0.0]], features, [0, 0, 1, 1])["nc1"]
+    assert found.value == pytest.approx(squared / 2)
+    assert found.says.startswith("classes have collapsed to points" if collapsed else "classes are not points yet")
+
+
+@pytest.mark.parametrize("distance, alike", [(0.29, True), (0.31, False)])
+def test_classifier_and_means_point_the_same_way_below_three_tenths(distance, alike):
+    angle = 2 * math.asin(distance / 2)
+    row = [math.cos(angle), math.sin(angle)]
+    found = looked_at([[-row[0], -row[1]], row], [[-1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [0, 0, 1, 1])
+    assert found["nc3"].value == pytest.approx(distance)
+    assert ("point the same way" if alike else "point different ways") in found["nc3"].says
+    assert found["nc2_etf"].value == pytest.approx(0, abs=1e-9) and "rows are a simplex" in found["nc2_etf"].says
+
+
+@pytest.mark.parametrize("distance, orthogonal", [(0.19, True), (0.21, False)])
+def test_rows_are_a_frame_below_two_tenths(distance, orthogonal):
+    # Unit rows of cosine c are sqrt(2 - 2 / sqrt(1 + c^2)) from an orthogonal frame.
+    cosine = math.sqrt((2 / (2 - distance**2)) ** 2 - 1)
+    rows = [[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]]
+    found = looked_at(rows, [rows[0], rows[0], rows[1], rows[1]], [0, 0, 1, 1])["nc2_of"]
+    assert found.value == pytest.approx(distance)
+    assert ("rows are orthogonal" if orthogonal else "0 would be orthogonal") in found.says
+
+
+@pytest.mark.parametrize("counts, balanced", [((7, 5), True), ((6, 4), False)])
+def test_classes_are_imbalanced_from_one_and_a_half(counts, balanced):
+    labels = [0] * counts[0] + [1] * counts[1]
+    found = looked_at([[-1.0, 0.0], [1.0, 0.0]], [[2.0 * k - 1, 0.1 * i] for i, k in enumerate(labels)], labels)
+    balance = found["largest class / smallest"]
+    assert balance.value == pytest.approx(counts[0] / counts[1]) and bool(balance.says) != balanced
+
+
+@pytest.mark.parametrize("length, lost", [(0.0099, True), (0.0101, False)])
+def test_a_row_below_a_hundredth_of_the_longest_is_lost(length, lost):
+    weight = [[0.0, 2.0], [2 * length, 0.0], [1.0, 1.0]]
+    features = [[-1.0, 0.1], [-1.0, 0.2], [1.0, 0.1], [1.1, 0.0], [0.0, 2.0], [0.1, 2.0]]
+    found = looked_at(weight, features, [0, 0, 1, 1, 2, 2])["classes lost"]
+    assert (
+        found.value == lost
+        and found.says.startswith("class 1 has no row left" if lost else "")
+        and lost == bool(found.says)
+    )
+
+
+def test_figures_are_those_of_the_metrics(script):
+    loader = batches("digits", 300)
+    model = load_network(f"{script}:build")
+    found = inspect(model, loader)
+    assert [finding.name for finding in found.findings] == [
+        "nc1", "nc2_etf", "nc2_of", "nc3", "nc4", "largest class / smallest", "classes lost",
+    ]  # fmt: skip
+    expected = NeuralCollapse.from_model(model, loader, "2").compute()
+    for finding in found.findings[:5]:
+        assert finding.value == pytest.approx(float(expected[finding.name]))
+    _, counts = np.unique(load_digits().target, return_counts=True)
+    assert found.findings[5].value == pytest.approx(counts.max() / counts.min()) and found.findings[6].value == 0
+    vae = load_network(f"{script}:VAE")
+    found, report = inspect(vae, loader), PosteriorCollapse.from_encoder(vae.encode, loader).compute()
+    assert figures(found) == {
+        "collapsed variables": 2, "latent variables": 3, "active units": pytest.approx(1 / 3), "active variables": 1,
+        "mixed variables": 0, "passive variables": 2,
+    }  # fmt: skip
+    says = {finding.name: finding.says for finding in found.findings}
+    assert says["collapsed variables"] == report.advise() and says["passive variables"].startswith("2 of 3 are noise")
+    assert (
+        "Figure" not in repr(found)
+        and says["mixed variables"] == ""
+        and found.layer == "encode"
+        and found.samples == 1797
+    )
+
+
+def test_a_layer_that_is_named_makes_a_vae_a_classifier(script):
+    vae = load_network(f"{script}:VAE")
+    vae.forward = vae.mean.__call__
+    x, y = batches("digits")[0]
+    found = inspect(vae, [(x, y % 3)], layer="mean")
+    assert found.kind == "classifier" and found.layer == "mean" and found.samples == 256

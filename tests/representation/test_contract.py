@@ -148,6 +148,12 @@ def test_what_another_saw_is_merged(name):
     one.merge_state(other)
     subject.again(one, data[0])
     assert same(subject.figures(one.compute()), told(subject, [data]))
+    states = subject.make()
+    states.update(*(column[:20] for column in data))
+    states.merge_state(other.metric_state)
+    subject.again(states, data[0])
+    assert torch.equal(subject.figures(states.compute()), subject.figures(one.compute()))
+    assert states.higher_is_better is False
     with pytest.raises(ValueError, match="takes in another"):
         one.merge_state(next(other.make() for key, other in SUBJECTS.items() if key != name))
 

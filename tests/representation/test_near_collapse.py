@@ -154,7 +154,12 @@ def test_bad_input_is_one_clear_sentence(given):
         (H0, y, {"lam_w": 0.0}, "lam_w is above 0"),
         (H0, y, {"lam_w": math.inf}, "lam_w is above 0"),
         (H0, y, {"lam_h": math.nan}, "lam_h at least 0"),
+        (H0, y, {"lam_h": math.inf}, "lam_h at least 0"),
+        (H0, y, {"lam_h": -0.1}, "lam_h at least 0"),
+        (H0, 2 * (y > 0), {}, "two or more classes of one size"),
         (H0, y, {"beta": -1.0}, "beta is a number"),
+        (H0, y, {"beta": math.inf}, "beta is a number"),
+        (H0, y, {"beta": 0.0, "lam_h": 0.0}, "above 0 where lam_h is 0"),
         (H0, y, {"max_rounds": 0}, "max_rounds is at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -162,17 +167,20 @@ def test_bad_input_is_one_clear_sentence(given):
     for sizes in ((3, 4, 2), (1, 4, 2), (3, 0, 7)):
         with pytest.raises(ValueError, match="as many dimensions"):
             orthogonal_collapse(*sizes, **LAMBDAS)
-    with pytest.raises(ValueError, match="product below 1"):
-        orthogonal_collapse(3, 4, 7, lam_w=2.0, lam_h=0.6)
+    for lam_w, lam_h in ((2.0, 0.6), (2.0, 0.5), (0.0, 0.2), (0.3, 0.0)):
+        with pytest.raises(ValueError, match="product below 1"):
+            orthogonal_collapse(3, 4, 7, lam_w=lam_w, lam_h=lam_h)
     with pytest.raises(TypeError, match="features is list: give real numbers"):
         near_collapse([["a"]], [0], **LAMBDAS, beta=1.0)
     at = near_collapse(H0, y, **LAMBDAS, beta=1.0)
     with pytest.raises(ValueError, match=r"is \(12, 7\), got \(7, 12\)"):
         at.perturbation(H0.T)
+    assert near_collapse(H0, y, **LAMBDAS, beta=0.2).shrink[1] == 0.5
     with pytest.raises(ValueError, match="with beta = 0"):
         _ = near_collapse(H0, y, **LAMBDAS, beta=0.0).perturbation
-    with pytest.raises(ValueError, match="step is above 0"):
-        central_path(H0, y, **LAMBDAS, step=0)
+    for options in ({"step": 0}, {"step": math.inf}, {"steps": 0}):
+        with pytest.raises(ValueError, match="step is above 0"):
+            central_path(H0, y, **LAMBDAS, **options)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
@@ -185,6 +193,13 @@ def test_implied_beta_is_the_one_that_the_solver_was_given(given, beta):
 def test_implied_beta_of_what_no_beta_leaves_is_one_sentence(given, wanted):
     with pytest.raises(ValueError, match="no beta from 1e-8 to 1e4 leaves a variability of"):
         implied_beta(*given, wanted, **LAMBDAS)
+
+
+def test_implied_beta_ends_at_1e4(given):
+    inside, beyond = (near_collapse(*given, **LAMBDAS, beta=beta).variability_after for beta in (9e3, 1.1e4))
+    assert implied_beta(*given, inside, **LAMBDAS) == pytest.approx(9e3, rel=0.01)
+    with pytest.raises(ValueError, match="no beta from 1e-8 to 1e4"):
+        implied_beta(*given, beyond, **LAMBDAS)
 
 
 @pytest.mark.parametrize("offset, scale", [(1e5, 1.0), (1e5, 1e3), (0.0, 1e3), (1e3, 1e-3)])
@@ -243,3 +258,36 @@ def test_shrink_factors_and_conjugate_gradients_are_those_of_the_dense_map(given
     change = torch.randn(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     dense = torch.einsum("idje,je->id", at.perturbation.dense(), change)
     assert torch.allclose(at.perturbation(change), dense, atol=1e-9)
+
+
+def traces(features, labels):
+    means = torch.stack([features[labels == k].mean(0) for k in range(3)])
+    within = (features - means[labels]).square().sum() / len(features)
+    return [float(within), float((means - features.mean(0)).square().sum() / 3)]
+
+
+def test_result_holds_what_was_given_and_tells_its_objective_and_variabilities(given):
+    H0, y = given
+    at, Y = near_collapse(H0, y, lam_w=0.3, lam_h=0.2, beta=2.0), F.one_hot(y).double()
+    assert torch.equal(at.given, H0) and torch.equal(at.labels, y) and at.labels.dtype == torch.int64
+    assert (at.lam_w, at.lam_h, at.beta) == (0.3, 0.2, 2.0)
+
+    def objective(H, W):
+        features = (H @ W.T - Y).square().sum() + 0.2 * H.square().sum() + 2 * (H - H0).square().sum()
+        return float(features / 24 + 0.3 / 6 * W.square().sum())
+
+    # The first round: both steps by normal equations, from H0.
+    W = torch.linalg.solve(H0.T @ H0 + 4 * 0.3 * torch.eye(7, dtype=torch.float64), H0.T @ Y).T
+    H = (Y @ W + 2 * H0) @ torch.linalg.inv(W.T @ W + 2.2 * torch.eye(7, dtype=torch.float64))
+    assert at.losses[0] == pytest.approx(objective(H, W), rel=1e-10)
+    assert at.losses[-1] == pytest.approx(objective(at.features, at.weight), rel=1e-10)
+    for features, told in ((H0, at.variability_before), (at.features, at.variability_after)):
+        within, between = traces(features, y)
+        assert told == pytest.approx(within / between, rel=1e-10)
+
+
+def test_path_begins_with_the_traces_of_the_given_features(given):
+    path = central_path(*given, **LAMBDAS, step=0.02, steps=3)
+    assert path.shape == (4, 2) and path[0].tolist() == pytest.approx(traces(*given), rel=1e-12)
+    halves = central_path(*given, **LAMBDAS, step=0.01, steps=6)[::2]
+    assert torch.allclose(halves, path, rtol=1e-2) and len(central_path(*given, **LAMBDAS)) == 2001

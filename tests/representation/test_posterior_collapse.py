@@ -413,6 +413,16 @@ def test_sizes_and_spectra_out_of_range_are_one_sentence():
         (lambda: LinearCVAE(2, 4, 2).loss(torch.ones(5, 4)), r"the model takes \(n, 4\) given \(n, 2\)"),
         (lambda: LinearHVAE2(4, 2, 2).loss(torch.ones(5, 3)), r"the model takes \(n, 4\)"),
         (lambda: PosteriorCollapse(2).update(torch.ones(3), torch.ones(3)), "give both"),
+        (lambda: LinearCVAE(2, 0, 2), "y_dim 0"),
+        (lambda: LinearVAE(4, 0), "d is 0"),
+        (lambda: LinearHVAE2(4, 2, 2, beta2=0.0), "beta2 is 0"),
+        (lambda: linear_hvae_solution(S, 2, 2, sigma2=-1.0, moments=True), "sigma2 is -1"),
+        (lambda: linear_cvae_solution(S, S, 0), "d is 0"),
+        (lambda: linear_vae_solution(S, 4, eta_enc=math.inf, moments=True), "eta_enc is inf"),
+        (lambda: linear_vae_solution(S, 4, sigma=math.inf, moments=True), "sigma is inf"),
+        (lambda: linear_vae_solution(S[0], 4), "samples as rows"),
+        (lambda: PosteriorCollapse(0), "dims is 0"),
+        (lambda: PosteriorCollapse(2, prior_std=0.0), "prior_std is 0"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
@@ -520,13 +530,19 @@ def test_bad_input_is_one_sentence():
         (lambda: linear_cvae_solution(good[:3], good, 1), "3 rows"),
         (lambda: linear_hvae_solution(good, 1, 1, sigma1=0.0), "sigma1"),
         (lambda: linear_vae_solution(good, 1).recommend(2), "active is 2"),
+        (lambda: linear_vae_solution(good, 1).recommend(0), "active is 0"),
+        (lambda: linear_hvae_solution(good, 2, 1).recommend(3), "active is 3"),
         (lambda: PosteriorCollapse(2, delta=1.0), "delta"),
-        (lambda: PosteriorCollapse(2, epsilons=[-1.0]), "epsilons"),
+        (lambda: PosteriorCollapse(2, delta=-0.1), "delta"),
+        *((lambda level=level: PosteriorCollapse(2, epsilons=[1.0, level]), "epsilons")
+          for level in (-1.0, 0.0, math.inf, math.nan)),
+        (lambda: PosteriorCollapse(2).update(good, good.abs() * math.inf), "diverged"),
+        (lambda: PosteriorCollapse(2).update(good, good * 0), "not log-variances"),
         (lambda: PosteriorCollapse(2).update(good, good[:, :1]), "give both"),
         (lambda: PosteriorCollapse(2).update(good * torch.nan, good), "diverged"),
         (lambda: PosteriorCollapse(2).update(good, -good.abs()), "not log-variances"),
         (lambda: PosteriorCollapse.from_encoder(lambda x: (x, x), []), "empty"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -543,3 +559,142 @@ def test_reports_say_and_draw_what_was_found():
     assert report.advise(nothing).endswith("finds nothing that the variables could code in such data.")
     for figure in (report.plot(), solution.plot()):
         assert len(figure.axes) == 2
+
+
+def test_solution_holds_its_options_thresholds_and_the_divergence_of_its_weights():
+    S = moment()
+    learnt = linear_vae_solution(S, 4, moments=True, **SETTING)
+    assert (learnt.beta, learnt.eta_enc, learnt.eta_dec) == (1.3, 0.8, 0.7) and set(learnt.weights) == {"U", "W"}
+    assert "weights" not in repr(learnt)
+    assert learnt.threshold.tolist() == pytest.approx([1.3 * 0.49] * 4, rel=1e-12)
+    assert learnt.collapsed.tolist() == [False, False, False, True] and learnt.rank == 3
+    # (1 - t / v + t / v - log(t / v) - 1) / 2 for the variances v above the threshold t.
+    close(learnt.kl, (THETA**2 / (1.3 * 0.49)).log().clamp(min=0) / 2, 1e-12)
+    fixed = linear_vae_solution(S, 4, sigma=[0.9, 0.2, 0.4, 0.7], moments=True, **SETTING)
+    assert fixed.posterior_std.tolist() == [0.2, 0.4, 0.7, 0.9]
+    close(fixed.threshold, 1.3 * 0.49 / 0.64 * fixed.posterior_std**2, 1e-12)
+    assert [int(one) for one in fixed.decoder > 0] == [int(one) for one in fixed.spectrum > fixed.threshold]
+    ratio = (fixed.posterior_std / 0.8) ** 2
+    means = (fixed.weights["W"] @ S @ fixed.weights["W"].mT).diagonal() / 0.64
+    close(fixed.kl, (means + ratio - ratio.log() - 1) / 2, 1e-9)
+    x, y, _ = conditional()
+    assert set(linear_cvae_solution(x, y, 4).weights) == {"U1", "U2", "W1", "W2"}
+
+
+def test_options_are_1_and_the_spread_of_z1_is_one_half_by_default():
+    S, (x, y, _) = 2 * moment(), conditional()
+    for plain, told in (
+        (linear_vae_solution(S, 3, moments=True), linear_vae_solution(S, 3, 1.0, 1.0, 1.0, None, moments=True)),
+        (linear_cvae_solution(x, y, 3), linear_cvae_solution(x, y, 3, 1.0, 1.0, 1.0)),
+        (
+            linear_hvae_solution(S, 3, 2, moments=True),
+            linear_hvae_solution(S, 3, 2, 1.0, 1.0, 1.0, 1.0, 0.5, None, moments=True),
+        ),
+    ):
+        assert torch.equal(plain.kl, told.kl) and torch.equal(plain.decoder, told.decoder)
+        assert torch.equal(plain.threshold, told.threshold) and plain.eta_enc == plain.eta_dec == plain.beta == 1
+    close(linear_vae_solution(data(S), 3).spectrum, linear_vae_solution(S, 3, moments=True).spectrum, 1e-9)
+
+
+@pytest.mark.parametrize("sigma2, effective", [(None, 0.7), (0.6, 0.7 / 0.8 * 0.6)])
+def test_upper_variables_are_used_above_the_threshold_alone(sigma2, effective):
+    options = {"beta1": 1.2, "beta2": 1.7, "eta_enc": 0.8, "eta_dec": 0.7, "sigma1": 0.4, "sigma2": sigma2}
+    threshold = (1.7 * effective**2) ** 2 / (1.2 * 0.16)
+    S = torch.diag(torch.tensor([1.01 * threshold, 0.99 * threshold], dtype=torch.float64))
+    found = linear_hvae_solution(S, 2, 2, moments=True, **options)
+    assert found.threshold.tolist() == pytest.approx([threshold] * 2, rel=1e-12)
+    assert [bool(one) for one in found.top_decoder > 0] == [True, False] and found.rank == 1
+    assert (found.beta, found.beta1, found.sigma1) == (1.7, 1.2, 0.4)
+    assert found.effective_std == pytest.approx(effective) and (found.eta_enc, found.eta_dec) == (0.8, 0.7)
+    assert set(found.weights) == {"U1", "U2", "W1", "W2"}
+    # Where z1 is noisier than the decoder of z2, noise alone keeps every variable in use.
+    loud = linear_hvae_solution(S, 2, 2, moments=True, **{**options, "sigma1": 1.0})
+    assert not loud.threshold.any() and loud.rank == 2
+
+
+@pytest.mark.parametrize("variance", [0.2, 0.0])
+def test_a_weak_variable_is_kept_by_the_noise_of_z1_alone(variance):
+    """Below beta2 times the decoder's variance, from where z1's own spread is more than z2 costs."""
+    S, given = torch.diag(torch.tensor([2.0, variance]).double()), {"beta2": 0.9, "eta_dec": 0.7, "sigma1": 0.6}
+    bound = linear_hvae_solution(S, 2, 2, moments=True, **given).recommend(2)["beta1"]
+    assert bound == pytest.approx(0.9 * 0.49 / 0.36)
+    ranks = [linear_hvae_solution(S, 2, 2, moments=True, beta1=f * bound, **given).rank for f in (0.999, 1.001)]
+    assert ranks == [1, 2]
+
+
+def test_second_moments_are_symmetric_and_have_no_negative_eigenvalues_but_for_rounding():
+    def tilted(by):
+        return torch.tensor([[1.0, 0.2 + by], [0.2, 1.0]], dtype=torch.float64)
+
+    assert linear_vae_solution(tilted(1e-6), 2, moments=True).spectrum.tolist() == pytest.approx([1.2, 0.8], rel=1e-5)
+    with pytest.raises(ValueError, match="no second moment"):
+        linear_vae_solution(tilted(1e-4), 2, moments=True)
+    for least, scale in ((-1e-6, 1.0), (-1e-6, 1e6)):
+        found = linear_vae_solution(scale * torch.diag(torch.tensor([1.0, least]).double()), 2, moments=True)
+        assert found.spectrum.tolist() == pytest.approx([scale, 0.0])
+    with pytest.raises(ValueError, match=r"the eigenvalue -0\.0001"):
+        linear_vae_solution(torch.diag(torch.tensor([1.0, -1e-4]).double()), 2, moments=True)
+
+
+def test_sampled_loss_of_a_condition_averages_to_the_exact_one():
+    x, y, _ = conditional()
+    joint = torch.cat([x, y], 1)
+    model = LinearCVAE(3, 4, 2, generator=seeded(), **SETTING)
+    exactly = float(model.exact_loss(joint.mT @ joint / len(x)).detach())
+    found = float(model.loss(y.repeat(500, 1), x.repeat(500, 1), generator=seeded(1)).detach())
+    assert found == pytest.approx(exactly, rel=1e-2)
+    mean, var = model.encode(y, x)
+    close(mean, y @ model.W2.mT + x @ model.W1.mT, 1e-12)
+    assert (var == model.log_var.exp()).all() and var.shape == (64, 2)
+
+
+@pytest.mark.parametrize("make", [lambda **o: LinearVAE(50, 40, **o), lambda **o: LinearHVAE2(50, 40, 40, **o)])
+def test_models_begin_with_small_weights_and_half_the_priors_spread(make):
+    learnt = make(eta_enc=3.0, generator=seeded())
+    assert learnt.log_var.exp().sqrt().tolist() == pytest.approx([1.5] * 40) and learnt.log_var.requires_grad
+    assert float(learnt.U1.std()) == pytest.approx(0.3, rel=0.05) and learnt.U1.dtype == torch.float64
+    assert torch.equal(make(generator=seeded()).W2, make(generator=seeded()).W2)
+    sigma = {"sigma" if isinstance(learnt, LinearVAE) else "sigma2": 0.7}
+    fixed = make(**sigma, generator=seeded())
+    assert fixed.log_var.exp().sqrt().tolist() == pytest.approx([0.7] * 40) and not fixed.log_var.requires_grad
+    betas = ("beta",) if isinstance(learnt, LinearVAE) else ("beta1", "beta2")
+    assert [getattr(fixed, name) for name in (*betas, "eta_enc", "eta_dec")] == [1] * (len(betas) + 2)
+    assert isinstance(learnt, LinearVAE) or learnt.sigma1 == 0.5
+
+
+def test_fit_takes_no_more_steps_than_told():
+    S = moment()
+    losses = [LinearVAE(4, 4, generator=seeded(1)).fit(S, steps) for steps in (1, 5, 200)]
+    assert losses[0] > losses[1] + 0.01 > losses[2] + 0.02
+
+
+def test_report_holds_levels_shares_and_counts():
+    mu = torch.tensor([0.5, 1.0, 1.5, 3.0])[:, None]
+    meter = PosteriorCollapse(1, epsilons=[2.0, 0.5], delta=0.25)
+    meter.update(mu[:3], torch.ones(3, 1))
+    meter.update(mu[3:], torch.ones(1, 1))
+    report = meter.compute()
+    # Divergences of mu^2 / 2, of which one is at a level, and not below it.
+    assert report.kl.tolist() == pytest.approx([(0.125 + 0.5 + 1.125 + 4.5) / 4]) and report.samples == 4
+    assert report.epsilons.tolist() == [0.01, 0.5, 2.0] and report.below.tolist() == [[0.0], [0.25], [0.75]]
+    assert report.delta == 0.25 and report.active_units == 1
+    assert report.collapsed(2.0).tolist() == [True] and report.collapsed(0.5).tolist() == [False]
+    plain = PosteriorCollapse(1)
+    assert (plain.delta, plain.prior_std, plain.dims) == (0.05, 1.0, 1) and PosteriorCollapse(1, delta=0).delta == 0
+
+
+def test_advice_is_on_as_many_variables_as_the_model_has_and_the_data_fill():
+    meter = PosteriorCollapse(2)
+    meter.update(torch.zeros(10, 2), torch.ones(10, 2))
+    report, S = meter.compute(), moment()
+    wide = linear_vae_solution(S, 4, eta_dec=3.0, moments=True)
+    bounds = wide.recommend(2)
+    assert f"2 of 2 latent variables are collapsed, the linear theory predicts 4; to keep 2 take one of: beta below {bounds['beta']:.3g}, eta_dec below {bounds['eta_dec']:.3g}." == report.advise(wide)  # fmt: skip
+    narrow = linear_vae_solution(S, 1, eta_dec=3.0, moments=True)
+    assert f"to keep 1 take one of: beta below {narrow.recommend(1)['beta']:.3g}" in report.advise(narrow)
+    two = linear_hvae_solution(S, 4, 2, eta_dec=3.0, moments=True)
+    assert f"beta1 above {two.recommend(2)['beta1']:.3g}" in report.advise(two)
+    active = PosteriorCollapse(1)
+    active.update(torch.full((4, 1), 3.0), torch.ones(4, 1))
+    assert active.compute().advise() == "0 of 1 latent variables are collapsed."
+    assert report.advise().endswith("lower beta or eta_dec, or fix the encoder's variance.")

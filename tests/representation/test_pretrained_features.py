@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from itertools import permutations
@@ -15,9 +16,12 @@ from scipy.stats import multivariate_normal, norm, ortho_group
 from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.dummy import DummyRegressor
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.metrics import mean_squared_error
+from sklearn.model_selection import KFold, RepeatedKFold
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
@@ -25,8 +29,10 @@ from paperworks.representation import (
     ComponentTable,
     ContrastiveModel,
     FactorModel,
+    Informativeness,
     MixtureModel,
     PretrainedFeatures,
+    PretrainingReport,
     compare_pretraining,
     contrastive_loss,
     informativeness,
@@ -621,6 +627,26 @@ def test_bad_input_is_one_clear_sentence(random):
         (lambda: FactorModel(5).fit(X), "n_components is between 1 and 4"),
         (lambda: FactorModel(3).fit(X[:3]), "n_components is between 1 and 2"),
         (lambda: FactorModel(2, noise_variance=-1).fit(X), "noise_variance"),
+        (lambda: FactorModel(2, noise_variance=math.inf).fit(X), "noise_variance"),
+        (lambda: FactorModel(0).fit(X), "n_components is between 1 and 4"),
+        (lambda: FactorModel(2, noise_variance=0).fit(X).score(X), "leaves no density"),
+        (lambda: MixtureModel(0).fit(X), "more distinct samples"),
+        (lambda: MixtureModel(20).fit(X), "more distinct samples, got 20"),
+        (lambda: MixtureModel(21, variance=1.0).fit(X), "more distinct samples, got 20"),
+        (lambda: MixtureModel(2, variance=math.inf).fit(X), "variance is above 0"),
+        (lambda: MixtureModel(2, max_iter=0).fit(X), "at least 1"),
+        (lambda: MixtureModel(2, random_state=0).fit([[0.0], [9.0], [9 + 1e-9]] * 4), "the variance fell to 0 with 2"),
+        (lambda: ContrastiveModel(2, max_iter=0).fit(pairs), "at least 1"),
+        (lambda: ContrastiveModel(2).fit((X, X, np.ones(20))), "s is of 0 and 1"),
+        (lambda: ContrastiveModel(2).fit((X, X[:9], pairs[2])), "inconsistent numbers of samples"),
+        (lambda: ContrastiveModel(2).fit((X, X, pairs[2][:9])), "inconsistent numbers of samples"),
+        (lambda: ContrastiveModel(2).fit((X, X)), "pairs"),
+        (lambda: ContrastiveModel(1, encoder=nn.Linear(4, 1)).fit((1e30 * X, 1e30 * X, pairs[2])), "the fit diverged"),
+        (lambda: PretrainedFeatures(FactorModel(2), clip=math.inf).fit(X, y), "clip"),
+        (lambda: PretrainedFeatures(FactorModel(4), LinearRegression(fit_intercept=False)).fit(X[:3], y[:3], X), "label"),
+        *((lambda name=name, value=value: pretraining_gain(
+            **{"m": 9, "n": 9, "C_phi": 1, "C_psi": 1, "C_joint": 1, "kappa": 1, name: value}
+        ), "finite and above 0") for name in ("m", "n", "C_phi", "C_psi", "C_joint", "kappa") for value in (0, math.inf)),
         (lambda: FactorModel(2).fit(X[:3]).score(X), "leaves no density"),
         (lambda: FactorModel(2).fit(X).transform(X[:, :3]), "X has 3 features, but FactorModel is expecting 4"),
         (lambda: MixtureModel(3).fit(np.repeat(X[:3], 4, axis=0)), "more distinct samples, got 3"),
@@ -645,6 +671,175 @@ def test_bad_input_is_one_clear_sentence(random):
         (lambda: compare_pretraining(X, y, []), "models is empty"),
         (lambda: informativeness(FactorModel(2), X, draws=0), "draws"),
         (lambda: informativeness(FactorModel(4), X, draws=2), "leaves no density"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_defaults_are_those_that_are_documented(random):
+    assert FactorModel(2).get_params() == {"n_components": 2, "noise_variance": None}
+    assert MixtureModel(2).get_params() == {
+        "n_components": 2, "variance": None, "uniform": False, "n_init": 5, "max_iter": 500, "tol": 1e-7,
+        "random_state": None,
+    }  # fmt: skip
+    plain = {"n_components": 2, "encoder": None, "max_iter": 500, "random_state": None}
+    assert ContrastiveModel(2).get_params() == plain
+    assert pretraining_gain(100, 25, C_phi=400, C_psi=4, C_joint=100) == (2.4, 2.0)
+    X = random.normal(size=(60, 4)) * [3, 1, 1, 1]
+    assert informativeness(FactorModel(1), X, random_state=0).joint.shape == (20,)
+    defaults = {name: one.default for name, one in inspect.signature(compare_pretraining).parameters.items()}
+    assert (defaults["folds"], defaults["repeats"]) == (5, 4)
+
+
+def test_as_many_factors_as_features_have_the_density_of_the_gaussian(random):
+    X = random.normal(size=(50, 3)) @ random.normal(size=(3, 3))
+    model = FactorModel(3, noise_variance=0.05).fit(X)
+    covariance = model.loadings_ @ model.loadings_.T + 0.05 * np.eye(3)
+    assert np.allclose(model.score_samples(X), multivariate_normal(X.mean(0), covariance).logpdf(X))
+    assert model.score(X) == pytest.approx(multivariate_normal(X.mean(0), covariance).logpdf(X).mean())
+    assert np.allclose(FactorModel(3, noise_variance=0).fit(X).loadings_ @ np.eye(3), FactorModel(3).fit(X).loadings_)
+
+
+def test_responsibilities_are_bayes_rule_and_sum_to_1(random):
+    X, _ = clusters(random, 100, 1.5 * random.normal(size=(3, 2)))
+    model = MixtureModel(3, random_state=0).fit(X)
+    joint = np.stack([
+        weight * multivariate_normal(mean, model.variance_ * np.eye(2)).pdf(X)
+        for weight, mean in zip(model.weights_, model.means_, strict=True)
+    ], 1)  # fmt: skip
+    assert np.allclose(model.transform(X), joint / joint.sum(1, keepdims=True))
+    assert model.score(X) == pytest.approx(np.log(joint.sum(1)).mean()) and model.weights_.sum() == pytest.approx(1)
+    again = MixtureModel(3, random_state=0).fit(X)
+    assert np.array_equal(again.means_, model.means_)
+    # As many components as samples, where the variance is known.
+    each = MixtureModel(20, variance=1e-6, n_init=1, random_state=0).fit(X[:20])
+    assert np.allclose(np.sort(each.means_, 0), np.sort(X[:20], 0))
+
+
+def test_what_is_not_fitted_says_so(tmp_path):
+    X, table, learner = np.eye(3), ComponentTable(), PretrainedFeatures(MixtureModel(2))
+    for call in (
+        FactorModel(1).transform, FactorModel(1).score, MixtureModel(2).transform, MixtureModel(2).score,
+        ContrastiveModel(1).transform, lambda X: ContrastiveModel(1).score((X, X, [0, 1, 0])), table.predict,
+        table.predict_proba, learner.transform, learner.predict, learner.predict_proba,
+        lambda X: learner.save_pretrained(tmp_path),
+    ):  # fmt: skip
+        with pytest.raises(NotFittedError):
+            call(X)
+
+
+def test_table_takes_shares_that_add_up_to_1_but_for_rounding():
+    table = ComponentTable().fit(np.eye(2)[[0, 1, 1]], ["a", "b", "b"])
+    assert table.classes_.tolist() == ["a", "b"] and table.table_.tolist() == [0, 1]
+    assert table.predict([[0.5005, 0.4990], [0.4, 0.6005]]).tolist() == ["a", "b"]
+    for shares in ([[0.5, 0.4985]], [[0.5, 0.502]], [[1.1, -0.1]]):
+        with pytest.raises(ValueError, match="at least 0 and add up to 1"):
+            table.predict(shares)
+
+
+def test_linear_embedding_is_theta_x(random):
+    x, other, similar = compared(random, 300, random.normal(size=(2, 4)))
+    model = ContrastiveModel(3, random_state=0).fit((x, other, similar))
+    assert model.theta_.shape == (3, 4) and np.allclose(model.transform(x), x @ model.theta_.T)
+    assert not hasattr(model, "encoder_")
+    # Theta is a maximum: by the gradient of the mean log-likelihood.
+    theta = torch.tensor(model.theta_, requires_grad=True)
+    given = [torch.from_numpy(np.asarray(one, float)) for one in (x, other, similar)]
+    (slope,) = torch.autograd.grad(contrastive_loss(given[0] @ theta.T, given[1] @ theta.T, given[2]), theta)
+    assert float(slope.abs().max()) < 1e-6
+    encoder = nn.Linear(4, 3)
+    deep = ContrastiveModel(3, encoder=encoder, max_iter=5).fit((x, other, similar))
+    assert not hasattr(deep, "theta_") and deep.transform(x).dtype == np.float64
+    with torch.no_grad():
+        expected = deep.encoder_(torch.from_numpy(x).float()).double().numpy()
+    assert np.array_equal(deep.transform(x), expected)
+
+
+def test_an_encoders_own_error_is_not_taken_for_a_fit_that_diverges(random):
+    class Broken(nn.Linear):
+        def forward(self, x):
+            if len(x) > 1:
+                raise RuntimeError("broken")
+            return super().forward(x)
+
+    x = random.normal(size=(20, 4))
+    with pytest.raises(RuntimeError, match="broken"):
+        ContrastiveModel(1, encoder=Broken(4, 1)).fit((x, x, np.arange(20) % 2))
+
+
+def test_model_is_fitted_to_labelled_and_unlabelled_samples_together(random):
+    X, y = factors(random, 60, random.normal(size=(5, 2)), np.ones(2))
+    fitted = PretrainedFeatures(FactorModel(2)).fit(X[:20], y[:20], X_unlabeled=X[20:])
+    assert np.allclose(fitted.model_.mean_, X.mean(0))
+    assert np.allclose(PretrainedFeatures(FactorModel(2)).fit(X[:20], y[:20]).model_.mean_, X[:20].mean(0))
+    ours = LinearRegression().fit(fitted.transform(X[:20]), y[:20])
+    assert np.allclose(fitted.predict(X), ours.predict(fitted.transform(X)))
+    assert fitted.score(X, y) == pytest.approx(ours.score(fitted.transform(X), y))
+    # Without an intercept there is one coefficient less to determine.
+    plain = LinearRegression(fit_intercept=False)
+    assert PretrainedFeatures(FactorModel(4), plain).fit(X[:4], y[:4], X).predictor_.coef_.shape == (4,)
+    labels = np.where(y > 0, "up", "down")
+    classifier = PretrainedFeatures(FactorModel(2), LogisticRegression()).fit(X, labels)
+    assert classifier.classes_.tolist() == ["down", "up"] and np.allclose(classifier.predict_proba(X).sum(1), 1)
+    assert classifier.score(X, labels) == (classifier.predict(X) == labels).mean()
+
+
+def test_kappa_is_the_largest_ratio_of_distances():
+    found = Informativeness(np.array([0.2, 0.9, 0.5]), np.array([0.1, 0.1, 0.5]))
+    assert found.kappa == pytest.approx(3)
+
+
+def test_one_bootstrap_is_a_row_and_a_seed_settles_it(random):
+    X = random.normal(size=(80, 4)) * [3, 2, 1, 1]
+    one, other = (informativeness(FactorModel(2), X, draws=3, random_state=4) for _ in range(2))
+    assert one.joint.shape == one.marginal.shape == (3,) and np.array_equal(one.joint, other.joint)
+    # The first by hand.
+    rows = np.random.RandomState(4).randint(80, size=80)
+    true = FactorModel(2).fit(X)
+    joint, marginal = FactorModel(2).fit(X[rows]).divergences(true, np.random.RandomState(0))
+    assert (one.joint[0], one.marginal[0]) == pytest.approx((joint, marginal))
+
+
+@pytest.mark.parametrize(
+    "pretrained, supervised, stacked, choice",
+    [
+        (1.0, 2.0, 1.5, "pretrained"), (2.0, 1.0, 1.5, "supervised"), (1.0, 2.0, 0.99, "pretrained"),
+        (1.0, 2.0, 0.9, "stacked"), (2.0, 1.0, 0.9, "stacked"),
+    ],
+)  # fmt: skip
+def test_stacked_is_chosen_where_it_gains_a_standard_error(pretrained, supervised, stacked, choice):
+    # The gain of 0.01 or 0.1 has a standard error of sqrt(0.04 / 3) / 2 = 0.0577 over four folds.
+    noise = np.array([0.1, -0.1, 0.1, -0.1])
+    risks = {"pretrained": pretrained + np.zeros(4), "supervised": supervised + np.zeros(4), "stacked": stacked + noise}
+    assert PretrainingReport({}, None, risks).choice == choice
+    # Between the errors by n and by n - 1: 0.05 and 0.0577.
+    risks["stacked"] = min(pretrained, supervised) - 0.055 + noise
+    assert PretrainingReport({}, None, risks).choice != "stacked"
+
+
+def test_comparison_is_cross_validation_by_hand(random):
+    X, y = factors(random, 30, random.normal(size=(6, 2)), np.ones(2))
+    unlabeled, _ = factors(random, 50, random.normal(size=(6, 2)), np.ones(2))
+    models = {"one": FactorModel(1), "two": FactorModel(2)}
+    report = compare_pretraining(
+        X, y, models, X_unlabeled=unlabeled, baseline=DummyRegressor(), folds=3, repeats=2, random_state=7
+    )
+    state, seen = np.random.RandomState(7), np.concatenate([unlabeled, X])
+    splits = list(KFold(3, shuffle=True, random_state=state).split(seen))
+    for name, model in models.items():
+        expected = np.mean([clone(model).fit(seen[kept]).score(seen[out]) for kept, out in splits])
+        assert report.likelihoods[name] == pytest.approx(expected)
+    chosen = models[max(report.likelihoods, key=report.likelihoods.get)].fit(seen)
+    assert np.allclose(report.model.loadings_, chosen.loadings_)
+    folds = list(RepeatedKFold(n_splits=3, n_repeats=2, random_state=state).split(X))
+    for name, model in (("supervised", DummyRegressor()), ("pretrained", PretrainedFeatures(FrozenEstimator(chosen)))):
+        expected = [mean_squared_error(y[out], model.fit(X[kept], y[kept]).predict(X[out])) for kept, out in folds]
+        assert report.risks[name] == pytest.approx(expected)
+    assert len(report.risks["stacked"]) == 6 and list(report.risks) == ["pretrained", "supervised", "stacked"]
+
+
+def test_risk_of_classes_is_the_share_of_errors(random):
+    X, y = clusters(random, 40, 0.7 * random.normal(size=(4, 3)))
+    report = compare_pretraining(X, y, [MixtureModel(3, random_state=0)], folds=2, repeats=2, random_state=0)
+    for risks in report.risks.values():
+        assert risks.shape == (4,) and np.allclose(20 * risks, np.round(20 * risks)) and 0 < risks.mean() < 1

@@ -8,11 +8,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torchmetrics import MetricCollection
 
 from paperworks.representation.posterior_collapse import LinearVAE, linear_vae_solution
 from paperworks.representation.variable_activity import (
+    ActivityReport,
     PassiveFilter,
     VariableActivity,
     averaged_mutual_information,
@@ -264,9 +267,22 @@ def test_bad_input_is_one_sentence():
         (lambda: gaussian_wasserstein_correlation([[1, 2], [0, 1]]), "not symmetric"),
         (lambda: gaussian_wasserstein_correlation([[-1, 0], [0, 1]]), "negative variances"),
         (lambda: effective_rank(np.zeros((2, 2))), "all zero"),
-        (lambda: VariableActivity(2, prior_std=math.inf), "prior_std"),
+        (lambda: VariableActivity(2.5), "dims"),
+        (lambda: VariableActivity(2, t_mean=0.0), "t_mean"),
+        *((lambda name=name, value=value: VariableActivity(2, **{name: value}), name)
+          for name in ("prior_std", "t_var") for value in (0.0, -1.0, math.inf)),
+        (lambda: PassiveFilter().fit(good[:1], good[:1]), "minimum of 2"),
+        (lambda: averaged_mutual_information(np.ones(4)), "two columns"),
+        (lambda: averaged_mutual_information(np.ones((0, 2))), "two columns"),
+        (lambda: averaged_mutual_information(np.ones((3, 2)), bins=0), "at least one bin"),
+        (lambda: averaged_mutual_information([[0, 1], [1, math.inf]]), "Z holds NaN or infinity"),
+        (lambda: gaussian_total_correlation(np.ones((2, 2, 2))), "covariance matrix"),
+        (lambda: effective_rank(np.ones(3)), "covariance matrix"),
+        (lambda: effective_rank(np.zeros((0, 0))), "covariance matrix"),
+        (lambda: effective_rank([[1, 0], [0, math.inf]]), "finite numbers"),
+        (lambda: gaussian_total_correlation([[1, 0.5], [0.49, 1]]), "not symmetric"),
         (lambda: representation_report(np.ones((4, 2)), np.ones((4, 3))), "expecting 2 features"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -275,3 +291,124 @@ def test_report_draws_every_type():
     activity = VariableActivity(3)
     activity.update(torch.randn(20, 3), constant(0.01, 1.0, 0.5, n=20))
     assert len(activity.compute().plot().axes[0].collections) == 3
+
+
+def test_variance_of_the_variance_is_small_below_a_tenth():
+    # Means of 1 and variances of 0.31^2 = 0.0961 and 0.32^2 = 0.1024 over data.
+    var = torch.tensor([[1.31, 1.32], [0.69, 0.68]], dtype=torch.float64).repeat(10, 1)
+    assert types_of(var) == ["passive", "mixed"] and types_of(var, t_var=0.11) == ["passive", "passive"]
+    assert types_of(var, t_var=0.09) == ["mixed", "mixed"]
+    assert types_of(constant(0.3, 0.35, 0.65, 0.7, 1.3, 1.35), t_mean=0.32) == [
+        "active", "mixed", "mixed", "passive", "passive", "mixed",
+    ]  # fmt: skip
+    # In units of the prior's variance, of 0.25.
+    assert types_of(constant(0.025, 0.026, 0.225, 0.275), prior_std=0.5) == ["active", "mixed", "passive", "passive"]
+
+
+def test_report_holds_the_moments_of_means_and_variances_in_the_priors_units():
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(30, 3, dtype=torch.float64, generator=generator)
+    var = torch.rand(30, 3, dtype=torch.float64, generator=generator) + 0.1
+    activity = VariableActivity(3, prior_std=2.0)
+    activity.update(mu, var)
+    report, C = activity.compute(), np.cov(mu.numpy() / 2, rowvar=False)
+    np.testing.assert_allclose(report.mean_variance, var.numpy().mean(0) / 4)
+    np.testing.assert_allclose(report.variance_variance, var.numpy().var(0) / 16)
+    np.testing.assert_allclose(report.covariance, C)
+    np.testing.assert_allclose(report.mu_variance, C.diagonal())
+    np.testing.assert_allclose(report.sampled_covariance, C + np.diag(var.numpy().mean(0) / 4))
+
+
+def test_two_samples_are_enough_and_each_batch_counts_once():
+    mu, var = torch.tensor([[1.0], [4.0]]), torch.tensor([[0.2], [0.4]])
+    activity = VariableActivity(1)
+    for row in range(2):
+        activity.update(mu[row : row + 1], var[row : row + 1])
+    report = activity.compute()
+    assert report.mu_variance == pytest.approx([4.5]) and report.variance_variance == pytest.approx([0.01])
+    assert PassiveFilter().fit(torch.tensor([[0.0, 1], [1, 0]]), torch.full((2, 2), 0.01)).get_support().all()
+
+
+def test_disagreement_is_of_passive_variables_that_vary_and_others_that_do_not():
+    types, varied = np.array(["passive", "passive", "active", "mixed", "active"]), [0.011, 0.01, 0.009, 0.011, 0.011]
+    report = ActivityReport(types, *[np.zeros(5)] * 2, np.array(varied), *[np.zeros((5, 5))] * 2)
+    assert report.disagreement.tolist() == [0, 2]
+    assert report.indices("mixed", "passive").tolist() == [0, 1, 3] and report.indices("active").tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("bins", [None, 1, 7])
+def test_mutual_information_is_that_of_a_histogram(bins):
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((300, 3)) @ np.array([[1.0, 0.8, 0], [0, 0.6, 0.5], [0, 0, 1]])
+    found = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        counts = np.histogram2d(Z[:, i], Z[:, j], bins or 20)[0] / len(Z)
+        apart = np.outer(counts.sum(1), counts.sum(0))
+        found.append((counts[counts > 0] * np.log(counts[counts > 0] / apart[counts > 0])).sum())
+    told = averaged_mutual_information(Z, **({} if bins is None else {"bins": bins}))
+    assert told == pytest.approx(np.mean(found), rel=1e-9, abs=1e-12)
+    # A pair of sample sizes, in any unit and anywhere.
+    moved = averaged_mutual_information(1e-3 * Z + 5, **({} if bins is None else {"bins": bins}))
+    assert moved == pytest.approx(told, rel=1e-9, abs=1e-12)
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy_of_eigenvalues():
+    values = np.array([3.0, 1.5, 0.5, 0.0])
+    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0]
+    share = values[:3] / 5
+    assert effective_rank(Q * values @ Q.T) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-9)
+    assert effective_rank(0.2 * np.eye(3)) == pytest.approx(3) and effective_rank([[0.5]]) == 1
+    # Symmetric but for rounding of the largest.
+    assert effective_rank([[1e3, 1e-5], [0.0, 1e3]]) == pytest.approx(2)
+
+
+def test_correlations_of_three_variables_equal_determinant_and_matrix_root():
+    A = np.random.default_rng(1).standard_normal((3, 3))
+    C = A @ A.T
+    expected = (np.log(C.diagonal()).sum() - np.linalg.slogdet(C)[1]) / 2
+    assert gaussian_total_correlation(torch.tensor(C)) == pytest.approx(expected, rel=1e-9)
+    root = np.sqrt(np.diag(C.diagonal()))
+    values, vectors = np.linalg.eigh(root @ C @ root)
+    distance = 2 * C.trace() - 2 * np.trace(vectors * np.sqrt(values) @ vectors.T)
+    assert gaussian_wasserstein_correlation(C) == pytest.approx(distance, rel=1e-9)
+    assert gaussian_wasserstein_correlation(0.01 * C) == pytest.approx(0.01 * distance, rel=1e-9)
+    assert gaussian_wasserstein_correlation(0.01 * C, normalised=True) == pytest.approx(distance / C.trace(), rel=1e-9)
+
+
+def test_report_of_dependence_is_that_of_each_groups_own_columns():
+    rng = np.random.default_rng(3)
+    mu = rng.standard_normal((80, 5)) @ rng.standard_normal((5, 5))
+    var = np.tile([0.01, 0.05, 1.0, 0.95, 0.5], (80, 1))
+    table = representation_report(mu, var)
+    groups = {
+        "full": [0, 1, 2, 3, 4], "active": [0, 1], "passive": [2, 3], "active+mixed": [0, 1, 4],
+        "active+passive": [0, 1, 2, 3], "mixed+passive": [2, 3, 4],
+    }  # fmt: skip
+    codes = {"mean": mu, "sampled": mu + np.sqrt(var) * np.random.default_rng(0).standard_normal((80, 5))}
+    assert set(table) == {(group, code) for group in groups for code in codes}
+    for (group, code), told in table.items():
+        Z = codes[code][:, groups[group]]
+        C = np.cov(Z, rowvar=False)
+        assert told == {
+            "total_correlation": pytest.approx((np.log(C.diagonal()).sum() - np.linalg.slogdet(C)[1]) / 2, rel=1e-9),
+            "wasserstein": pytest.approx(gaussian_wasserstein_correlation(C) / C.trace(), rel=1e-9),
+            "mutual_information": pytest.approx(averaged_mutual_information(Z, 20), rel=1e-9),
+            "effective_rank": pytest.approx(effective_rank(C), rel=1e-9),
+        }
+    other = representation_report(mu, var, random_state=5)
+    assert other["full", "mean"] == table["full", "mean"] and other["full", "sampled"] != table["full", "sampled"]
+
+
+def test_filter_keeps_what_it_is_told_and_takes_tensors():
+    mu, var = torch.randn(20, 3, requires_grad=True), torch.tensor([0.01, 1.0, 0.5]).expand(20, 3)
+    for keep, kept in (
+        (("passive",), [1]),
+        (["mixed", "passive"], [1, 2]),
+        (("active", "mixed", "passive"), [0, 1, 2]),
+    ):
+        assert PassiveFilter(keep=keep).fit(mu, var).get_support(indices=True).tolist() == kept
+    assert PassiveFilter().fit(mu.bfloat16(), var.bfloat16()).get_support().tolist() == [True, False, True]
+    with pytest.raises(NotFittedError):
+        PassiveFilter().get_support()
+    # Variances take the place of targets, without which a pipeline cannot fit it.
+    assert get_tags(PassiveFilter()).target_tags.required

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -435,6 +436,10 @@ def test_bad_input_is_one_clear_sentence(pairs, encoders):
         ({"lipschitz": "clip"}, "lipschitz is one of"),
         ({"objective": "kl"}, "objective info_nce or dual"),
         ({"lam": -1.0}, "lam is a finite"),
+        ({"lam": math.inf}, "lam is a finite"),
+        ({"metric_scale": (1.0, math.inf)}, "metric_scale is two"),
+        ({"metric_scale": (1.0, 1.0, 1.0)}, "metric_scale is two"),
+        ({"lam": 0.0, "objective": "dual"}, "as large as it likes"),
         ({"metric_scale": (1.0, 0.0)}, "metric_scale is two"),
         ({"metric_scale": (1.0, 2.0), "lipschitz": "spectral"}, "leave metric_scale"),
         ({"lipschitz": None, "objective": "dual"}, "as large as it likes"),
@@ -448,9 +453,11 @@ def test_bad_input_is_one_clear_sentence(pairs, encoders):
         ((x[:1], y[:1]), "two or more pairs"),
         ((x, y[:5]), "as many of the one"),
         ((x * float("nan"), y), "NaN"),
+        ((x, torch.where(y == y.max(), math.inf, y)), "NaN or infinity"),
     ):
-        with pytest.raises(ValueError, match=words):
-            measure(*both)
+        for call in (measure, measure.diagnose):
+            with pytest.raises(ValueError, match=words):
+                call(*both)
     with pytest.raises(TypeError, match="embed discrete inputs"):
         measure(x.long(), y)
     with pytest.raises(ValueError, match="takes one d for both"):
@@ -459,6 +466,13 @@ def test_bad_input_is_one_clear_sentence(pairs, encoders):
         measure.diagnose(x, y, batch_size=13)
     for both, options, words in (
         ((x, y), {"held_out": 1.0}, "held_out lies"),
+        ((x, y), {"held_out": 0.0}, "held_out lies"),
+        ((x, y), {"batch_size": 1}, "batch_size at least 2"),
+        ((x, y), {"learning_rate": math.inf}, "learning_rate above 0"),
+        ((x[:4], y[:4]), {}, "4 pairs leave fewer than two"),
+        ((x[:4], y[:4]), {"held_out": 0.75}, "4 pairs leave fewer than two"),
+        ((x[:0], y[:0]), {}, "inputs are empty"),
+        ((x, y * float("nan")), {}, "NaN or infinity"),
         ((x, y), {"steps": 0}, "steps is at least"),
         ((x, y), {"learning_rate": 0.0}, "learning_rate above 0"),
         ((x * 0 + 0.1, y * 0 + 0.3), {}, "both inputs are constant"),
@@ -478,10 +492,195 @@ def test_bad_input_is_one_clear_sentence(pairs, encoders):
         for both, words in (((x.numpy(), y), "got ndarray"), ((x, torch.tensor(1.0)), "a single number")):
             with pytest.raises(TypeError, match=words):
                 call(*both)
-    for p, words in ((torch.ones(2, 2) / 4, "for 12 x 12"), (torch.full((12, 12), 1.0), "add up to 1")):
+    signed = torch.eye(12) / 12 + torch.outer(torch.eye(12)[0] - torch.eye(12)[1], torch.eye(12)[5])
+    for p, words in (
+        (torch.ones(2, 2) / 4, "for 12 x 12"),
+        (torch.full((12, 12), 1.0), "add up to 1"),
+        (torch.eye(12) / 12 * (1 - 1e-4), "add up to 1"),
+        (signed, "holds probabilities"),
+    ):
         with pytest.raises(ValueError, match=words):
             exact_wasserstein_dependency(x, y, p)
     with pytest.raises(ValueError, match="as many of each"):
         exact_wasserstein_dependency(x, y[:4])
     with pytest.raises(ValueError, match="atoms hold NaN"):
         exact_wasserstein_dependency(x * float("nan"), y)
+
+
+def test_defaults_are_those_of_the_signature_that_is_documented():
+    measure = WassersteinDependency(nn.Identity(), nn.Identity())
+    assert (measure.lipschitz, measure.lam, measure.metric_scale, measure.objective) == ("gp", 10, (1, 1), "info_nce")
+    assert [layer.out_features for layer in ConcatCritic(3, 2) if isinstance(layer, nn.Linear)] == [64, 64, 1]
+    defaults = {name: one.default for name, one in inspect.signature(wasserstein_dependency).parameters.items()}
+    assert (defaults["lipschitz"], defaults["lam"], defaults["steps"]) == ("one_sided_gp", 100, 3000)
+    assert (defaults["learning_rate"], defaults["batch_size"], defaults["held_out"]) == (1e-3, 256, 0.25)
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.5])
+def test_diagnosis_is_worked_out_within_batches_and_divided_by_slopes_above_1(pairs, slope):
+    x, y = pairs
+    critic = ConcatCritic(5, 3, ()).double()
+    with torch.no_grad():
+        critic[0].weight.mul_(slope / critic[0].weight.norm())
+    measure = WassersteinDependency(nn.Identity(), nn.Identity(), critic=critic)
+    found = measure.diagnose(x, y, batch_size=5)
+    joint, product, bound = [], [], []
+    for start in (0, 5):
+        scores = torch.stack(
+            [measure.values(x[i].expand(5, -1), y[start : start + 5]) for i in range(start, start + 5)]
+        )
+        joint += scores.diag().tolist()
+        product += scores[~torch.eye(5, dtype=torch.bool)].tolist()
+        bound += (scores.diag() - scores.exp().sum(1).log()).tolist()
+    assert found.joint_scores.tolist() == pytest.approx(joint) and found.product_scores.tolist() == pytest.approx(
+        product
+    )
+    assert found.info_nce == pytest.approx(math.log(5) + np.mean(bound)) and found.batch_size == 5
+    assert found.saturation == pytest.approx(found.info_nce / math.log(5))
+    assert found.wasserstein == pytest.approx(np.mean(joint) - np.mean(product))
+    assert found.conservative == pytest.approx(found.wasserstein / max(1, slope))
+    assert found.gradient_norms.tolist() == pytest.approx([slope] * 12)
+    assert not found.gradient_norms.requires_grad and found.joint_scores.dtype == torch.float64
+    assert measure.diagnose(x, y, batch_size=2).batch_size == 2 and measure.diagnose(x, y).batch_size == 12
+
+
+def test_two_pairs_are_enough_and_classes_of_a_free_critic_may_be_whole_numbers():
+    g, h = nn.Embedding(5, 3), nn.Embedding(5, 3)
+    x = torch.tensor([1, 4])
+    loss = WassersteinDependency(g, h, lipschitz=None)(x, x)
+    assert torch.equal(loss, F.cross_entropy(g(x) @ h(x).T, torch.arange(2)))
+    assert math.isfinite(WassersteinDependency(nn.Identity(), nn.Identity())(torch.eye(2), torch.eye(2)))
+
+
+@pytest.mark.parametrize("limit, sizes", [(30, [24] * 6), (5, [12] * 12), (1000, [144])])
+def test_all_pairs_are_scored_so_many_at_once(pairs, encoders, monkeypatch, limit, sizes):
+    seen = []
+
+    class Seen(ConcatCritic):
+        def forward(self, gx, hy):
+            seen.append(len(gx))
+            return super().forward(gx, hy)
+
+    measure = WassersteinDependency(*encoders, critic=Seen(4, 4).double())
+    expected = measure.scores(*pairs)
+    seen.clear()
+    monkeypatch.setitem(WassersteinDependency.scores.__globals__, "_PAIRS_AT_ONCE", limit)
+    assert torch.allclose(measure.scores(*pairs), expected, rtol=1e-12) and seen == sizes
+
+
+def test_derangement_is_one_cycle_through_all():
+    for size in (2, 3, 8, 9):
+        found, at = derangement(size, seeded(size)), 0
+        for _ in range(size - 1):
+            at = int(found[at])
+            assert at != 0
+        assert int(found[at]) == 0
+    with pytest.raises(ValueError, match="got 1 in all"):
+        derangement(1)
+
+
+@pytest.mark.parametrize(
+    "layer, patches",
+    [
+        (nn.Conv2d(2, 3, 3, padding=1), 9), (nn.Conv2d(2, 3, 3, stride=2), 4), (nn.Conv2d(2, 3, (4, 3), stride=(2, 3)), 2),
+        (nn.Conv1d(2, 3, 3, stride=3), 1), (nn.Conv1d(2, 3, 5, padding=2, padding_mode="circular"), 5), (nn.Linear(4, 3), 1),
+    ],
+)  # fmt: skip
+def test_spectral_norms_are_one_over_the_root_of_patches_that_a_pixel_lies_in(layer, patches):
+    own = copy.deepcopy(layer)
+    measure = WassersteinDependency(
+        nn.Sequential(own, nn.Sigmoid(), nn.Softplus()), nn.Identity(), lipschitz="spectral"
+    )
+    for _ in range(200):
+        _ = own.weight
+    measure.eval()
+    assert float(torch.linalg.matrix_norm(own.weight.flatten(1), 2)) == pytest.approx(patches**-0.5, rel=1e-3)
+
+
+def test_batch_norm_is_taken_where_nothing_is_penalised(pairs):
+    normed = nn.Sequential(encoder(5), nn.BatchNorm1d(4).double())
+    assert math.isfinite(float(WassersteinDependency(normed, encoder(3), lam=0.0)(*pairs).detach()))
+
+
+def test_saved_settings_come_back(encoders, tmp_path):
+    options = {"lipschitz": "one_sided_gp", "lam": 3.0, "metric_scale": (2.0, 0.5), "objective": "dual"}
+    WassersteinDependency(*encoders, **options).save_pretrained(tmp_path / "new" / "folder")
+    loaded = WassersteinDependency.from_pretrained(tmp_path / "new" / "folder", *encoders)
+    assert {name: getattr(loaded, name) for name in options} == options and loaded.critic is None
+    with pytest.raises(ValueError, match="give a critic if and only if"):
+        WassersteinDependency.from_pretrained(tmp_path / "new" / "folder", *encoders, critic=ConcatCritic(4, 4))
+
+
+@pytest.mark.parametrize("held_out, told", [(0.25, 10), (0.5, 20), (0.1, 4)])
+def test_estimate_is_read_off_held_out_pairs_in_the_units_of_the_data(held_out, told):
+    x = 7 * torch.randn(40, 2, dtype=torch.float64, generator=seeded()) + 3
+    found = wasserstein_dependency(
+        x, x, steps=20, batch_size=8, held_out=held_out, learning_rate=0.05, generator=seeded()
+    )
+    assert len(found.gradient_norms) == told and found.batch_size == min(8, told)
+    batches = told // found.batch_size
+    assert len(found.joint_scores) == batches * found.batch_size
+    assert len(found.product_scores) == batches * found.batch_size * (found.batch_size - 1)
+    assert found.wasserstein == pytest.approx(float(found.joint_scores.mean() - found.product_scores.mean()))
+    assert found.conservative == pytest.approx(found.wasserstein / max(1, float(found.gradient_norms.max())))
+
+
+def test_critic_is_shown_centred_data_of_root_mean_squared_size_1():
+    x = 5 * torch.randn(16, 2, 2, dtype=torch.float64, generator=seeded()) + 100
+    y = torch.randn(16, 1, dtype=torch.float64, generator=seeded(1)) - 30
+    both = torch.cat([x.flatten(1), y], 1)
+    both = both - both.mean(0)
+    both = both / both.square().sum(1).mean().sqrt()
+    seen = []
+
+    class Seen(ConcatCritic):
+        def forward(self, gx, hy):
+            seen.append((gx.detach(), hy.detach()))
+            return super().forward(gx, hy)
+
+    wasserstein_dependency(x, y, critic=Seen(4, 1).double(), steps=30, batch_size=4, generator=seeded())
+    gx, first = torch.cat([one for one, _ in seen]), torch.cat([two for _, two in seen[-2:]])
+    assert float(torch.cdist(gx, both[:, :4]).min(1).values.max()) < 1e-6
+    # All pairs are shown, some to train and the others to evaluate on.
+    assert float(torch.cdist(both[:, :4], gx).min(1).values.max()) < 1e-6
+    assert both[:, 4].min() - 1e-9 <= first.min() and first.max() <= both[:, 4].max() + 1e-9
+
+
+def test_learning_rate_falls_along_a_cosine():
+    """Far from slope 1 each of Adam's steps is as long as the rate, down the penalty."""
+    critic = ConcatCritic(1, 1, ()).double()
+    with torch.no_grad():
+        critic[0].weight.copy_(torch.tensor([[3.0, 4.0]]))
+    x = torch.randn(20, 1, dtype=torch.float64, generator=seeded())
+    wasserstein_dependency(x, x, critic=critic, steps=4, batch_size=8, learning_rate=1e-5, generator=seeded())
+    rates = sum((1 + math.cos(math.pi * step / 4)) / 2 for step in range(4))
+    assert critic[0].weight[0].tolist() == pytest.approx([3 - 1e-5 * rates, 4 - 1e-5 * rates], abs=2e-8)
+
+
+def test_generator_settles_weights_and_draws_and_leaves_the_global_one_alone():
+    x, options = torch.randn(30, 2, generator=seeded()), {"steps": 3, "batch_size": 4, "learning_rate": 0.1}
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(wasserstein_dependency(x, x, generator=seeded(5), **options).wasserstein)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1] != wasserstein_dependency(x, x, generator=seeded(6), **options).wasserstein
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(wasserstein_dependency(x, x, **options).wasserstein)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(wasserstein_dependency(x[:4], x[:4], held_out=0.5, steps=1, batch_size=2).gradient_norms) == 2
+
+
+def test_exact_measure_of_what_does_not_have_to_travel_is_0():
+    one, two = torch.zeros(1, 2), torch.zeros(2, 3)
+    assert exact_wasserstein_dependency(one, one, torch.ones(1, 1)) == 0
+    assert exact_wasserstein_dependency(two, two, torch.eye(2) / 2) == 0
+    x = torch.tensor([[0.0], [2.0]], requires_grad=True)
+    p = torch.tensor([[0.5, 0.0], [0.0, 0.5]], requires_grad=True)
+    # A quarter travels from each corner that has too much, by 2 in one of the two.
+    assert exact_wasserstein_dependency(x, x, p) == pytest.approx(1.0)
+    assert exact_wasserstein_dependency(x.half(), x, p.half() + 0) == pytest.approx(1.0)
+    assert exact_wasserstein_dependency(x[:, None, None], x) == pytest.approx(1.0)

@@ -172,9 +172,7 @@ def batches(data: str, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
 
     found = load_dataset(data)
     if isinstance(found, ImageData):
-        images = torch.tensor(found.images)
-        X = images[:, None].float() / (1 if images.is_floating_point() else 255)
-        y = torch.tensor(found.labels).long()
+        X, y = torch.tensor(found.images)[:, None].float() / 255, torch.tensor(found.labels)
     elif isinstance(found, TableData):
         X, y = torch.tensor(found.X).float(), torch.tensor(found.y)
     else:

@@ -685,11 +685,12 @@ class CollapseReport(NamedTuple):
         possible = int((predicted.spectrum > 0).sum())
         if not possible:
             return f"{text}, and the linear theory finds nothing that the variables could code in such data."
-        bounds = predicted.recommend(min(len(self.kl), possible))
+        kept = min(len(self.kl), possible)
+        bounds = predicted.recommend(kept)
         change = ", ".join(
             f"{name} {'above' if name == 'beta1' else 'below'} {value:.3g}" for name, value in bounds.items()
         )
-        return f"{text}, the linear theory predicts {predicted.n_collapsed}; to keep {possible} take one of: {change}."
+        return f"{text}, the linear theory predicts {predicted.n_collapsed}; to keep {kept} take one of: {change}."
 
     def plot(self) -> Figure:
         """The divergence of each variable, and the share of collapsed variables against epsilon."""

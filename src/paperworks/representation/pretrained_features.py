@@ -409,8 +409,15 @@ class ContrastiveModel(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-        if not all(bool(one.isfinite().all()) for one in encoder.parameters()):
+        try:
+            optimiser.step(closure)  # type: ignore[no-untyped-call]
+            finite = all(bool(one.isfinite().all()) for one in encoder.parameters())
+        except (IndexError, RuntimeError):
+            # The line search has words of its own for slopes that are not finite, or lead to a step that overflows.
+            if all(one.grad is None or bool(one.grad.abs().max() < 1e15) for one in encoder.parameters()):
+                raise
+            finite = False
+        if not finite:
             raise ValueError("the fit diverged: scale the inputs down, or take an encoder with a bounded output")
         if self.encoder is None:
             self.theta_ = encoder.weight.detach().numpy() / unit  # type: ignore[operator]
