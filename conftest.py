@@ -95,6 +95,16 @@ def _seed(config: pytest.Config, name: str) -> None:
         torch.manual_seed(seed)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """What several tests share runs before any of them has folders of its own, and not in the user's."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPERWORKS_STORE", f"sqlite:///{folder}/runs.db")
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store and the user's data folder lie in the test's own folder."""

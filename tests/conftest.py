@@ -17,9 +17,10 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marks of these tests."""
     config.addinivalue_line("markers", "ray: starts Ray on this machine")
-    # A shell has what it runs in the background ignore interruptions, and the tests make some.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell has what it runs in the background ignore interruptions, nohup the end of the terminal; the tests make some.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ _EXACT = "exact speculation"
     "lantern",
     baseline=_EXACT,
     gpu=3,
+    # Greedy ones, whose baseline is another, are among all figures.
+    rows=("plain decoding", _EXACT, "*delta *[0-9]"),
     columns=("speed-up", "accepted per call", "accepted per call, ratio", "digit as asked", "Fréchet distance"),
     tiny={
         "data": "digits",
