@@ -16,8 +16,8 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: .venv/dev.stamp
-	$(BIN)/ruff check src tests docs
-	$(BIN)/ruff format --check src tests docs
+	$(BIN)/ruff check src tests docs examples
+	$(BIN)/ruff format --check src tests docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -34,7 +34,7 @@ def toys(registry):
         run.record("throws", throws, better="higher", series="Hydra")
         run.ratio("luck", method=[2.0, 3.0], baseline=[1.0, 1.5], series="Hydra", against="plain")
 
-    @recipe("chimera")
+    @recipe("chimera", tiny={})
     def toy_chimera(run: Run, throws: int = 3) -> None:
         """Throws of another."""
         run.ratio("luck", method=[float(throws)], baseline=[1.0], series="Chimera", against="plain")
@@ -161,6 +161,25 @@ def test_compare_puts_papers_side_by_side(paperworks, toys, tmp_path):
     assert "compare-hydra-chimera.png" in out.replace("\n", "")
     # Only one of them counts its throws.
     assert "luck" in out and "throws" not in out
+
+
+def test_a_tiny_run_looks_like_no_result_wherever_it_is_shown(paperworks, toys):
+    mark = "Scale tiny shows that it works; it says nothing of the claims."
+    _, out, _ = paperworks("results")
+    assert "nothing was measured here yet" in out
+    paperworks("run", "hydra")
+    _, out, _ = paperworks("results")
+    assert "luck 2x" in out and "tiny" not in out
+    assert mark not in paperworks("results", "--markdown")[1]
+    _, out, _ = paperworks("run", "hydra", "--scale", "tiny")
+    assert "says nothing of the claims" in out
+    _, out, _ = paperworks("results")
+    assert "no figures, only a trial:" in out and out.count("luck 2x") == 2 and out.endswith(f"{mark}\n")
+    # The newest whose figures say something.
+    _, out, _ = paperworks("results", "hydra", "--markdown")
+    assert "scale default" in out and mark not in out
+    _, out, _ = paperworks("compare", "hydra", "chimera", "--scale", "tiny")
+    assert re.findall(r"hydra.*?: Hydra", out) == ["hydra (tiny): Hydra"] and mark in out
 
 
 def test_generate_streams_text_and_ends_with_its_speed(paperworks):
@@ -334,6 +353,11 @@ def test_bench_refuses_what_it_cannot_do(paperworks, toys, tmp_path):
     assert status == 2 and "is no folder of trained parts" in err
     status, _, err = paperworks("bench", "hydra", "--out", str(tmp_path), "--device", "cuda")
     assert status == 2 and "PyTorch sees no GPU here" in err
+
+
+def test_search_says_where_nothing_is_found(paperworks):
+    assert paperworks("search", "--words", "xyzzy") == (0, "nothing found: try other words, or `paperworks list`\n", "")
+    assert paperworks("search", "--words", "xyzzy", "--json")[1].strip() == "[]"
 
 
 @pytest.mark.parametrize(

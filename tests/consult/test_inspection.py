@@ -219,6 +219,28 @@ def test_a_table_is_cut_into_batches_in_its_order(script):
         assert shown.dtype == torch.float32 and np.array_equal(shown, X) and np.array_equal(labels, y)
 
 
+@pytest.mark.parametrize("spelt", [str, lambda label: f"{label}.0", lambda label: ("ant", "bee", "cat")[label]])
+def test_the_labels_of_a_table_of_ones_own_are_classes(script, tmp_path, spelt):
+    X, y = load_digits(n_class=3, return_X_y=True)
+    lines = [",".join([*map(str, row), spelt(label)]) for row, label in zip(X, y.tolist(), strict=True)]
+    (tmp_path / "own.csv").write_text("\n".join([",".join([*(f"p{i}" for i in range(64)), "label"]), *lines]))
+    loader = batches(str(tmp_path / "own.csv"))
+    labels = torch.cat([labels for _, labels in loader])
+    assert labels.dtype == torch.int64 and labels.tolist() == y.tolist()
+    model = nn.Sequential(nn.Linear(64, 3))
+    own = {finding.name: finding.value for finding in inspect(model, loader).findings}
+    told = {
+        finding.name: finding.value for finding in inspect(model, [(torch.tensor(X).float(), torch.tensor(y))]).findings
+    }
+    assert own == pytest.approx(told, rel=1e-4)
+
+
+def test_rows_whose_target_is_no_class_keep_it(tmp_path):
+    (tmp_path / "own.csv").write_text("a,b,price\n1,2,3.5\n4,5,6.25\n7,9,1\n")
+    [(X, y)] = batches(str(tmp_path / "own.csv"))
+    assert X.tolist() == [[1, 2], [4, 5], [7, 9]] and y.tolist() == [3.5, 6.25, 1]
+
+
 def test_images_have_values_from_0_to_1_and_one_channel(monkeypatch):
     images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2) * 23
     found = hub.ImageData("pictures", images, np.array([0, 1, 0]), ("a", "b"))

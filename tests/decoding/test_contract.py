@@ -35,8 +35,8 @@ from paperworks.decoding import (
     train_drafter,
 )
 from tests.decoding.conftest import (
-    DRAFTERS,
     CONTRACT,
+    DRAFTERS,
     distance,
     enumerate_law,
     make_model,

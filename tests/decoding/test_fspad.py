@@ -445,7 +445,7 @@ def test_paper_defaults(model):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"nodes": -1}, "nodes must be at least 0, got -1"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"layers": 0}, "layers must be at least 1"),

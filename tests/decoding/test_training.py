@@ -13,12 +13,14 @@ from paperworks.decoding import (
     DraftingData,
     Hydra,
     Medusa,
+    Sampling,
     Target,
     collect,
     fit_tree,
     generate,
     rank_accuracy,
     self_written,
+    stream,
     train_drafter,
 )
 from tests.decoding.conftest import make_model, scramble
@@ -220,21 +222,31 @@ def test_written_text_is_counted_as_it_comes_and_drawn_with_the_settings_given(m
         asked.append((ids.tolist(), options))
         return generate(model, ids, **options)
 
+    def streamed(model, ids, **options):
+        asked.append((ids.tolist(), options))
+        return stream(model, ids, **options)
+
     monkeypatch.setattr("paperworks.decoding.training.generate", watched)
+    monkeypatch.setattr("paperworks.decoding.training.stream", streamed)
     generator = torch.Generator().manual_seed(0)
     pairs = self_written(
         model, Letters(), tokens=20, answer_tokens=5, question_tokens=3, temperature=0.4, question_temperature=0.6,
         question_top_k=7, examples=["ab", "cd", "ef", "gh"], batch_size=2, generator=generator, progress=counted.append,
     )  # fmt: skip
     lengths = [len(answer) for _, answer in pairs]
-    assert counted == [sum(lengths[first : first + 2]) for first in range(0, len(pairs), 2)]
-    assert sum(counted[:-1]) < 20 <= sum(counted)
+    # Token by token of both answers.
+    assert (
+        max(counted) == 2
+        and sum(counted) == sum(lengths)
+        and len(counted) == sum(max(lengths[first : first + 2]) for first in range(0, len(pairs), 2))
+    )
+    assert sum(lengths[:-2]) < 20 <= sum(lengths)
     for (ids, question), (_, answer) in zip(asked[::2], asked[1::2], strict=True):
         # Three examples of the four, each once.
         assert all(len({tuple(row[1 + 3 * place : 3 + 3 * place]) for place in range(3)}) == 3 for row in ids)
         assert all(row[0] == 1 and row[3::3] == [5, 5, 5] and len(row) == 10 for row in ids)
         assert (question["temperature"], question["top_k"], question["max_new_tokens"]) == (0.6, 7, 3)
-        assert (answer["temperature"], answer["max_new_tokens"], answer.get("top_k")) == (0.4, 5, None)
+        assert (answer["sampling"], answer["max_new_tokens"]) == (Sampling(0.4), 5)
         assert question["generator"] is answer["generator"] is generator
     assert len({tuple(row) for ids, _ in asked[::2] for row in ids}) > 1
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):

@@ -287,5 +287,5 @@ def test_a_large_table_is_read_as_numpy_wrote_it() -> None:
     values = np.random.default_rng(1).normal(size=(2000, 6))
     stream = io.StringIO()
     np.savetxt(stream, values, fmt="%.17g")
-    cells, names = read_table(stream.getvalue())
-    assert names == () and np.array_equal(cells, values)
+    cells, names, classes = read_table(stream.getvalue())
+    assert names == classes == () and np.array_equal(cells, values)

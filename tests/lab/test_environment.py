@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 import paperworks
+from paperworks import processor
 from paperworks.lab import environment as module
 from paperworks.lab.environment import environment
 
@@ -46,6 +47,44 @@ def test_threads_and_gpu_are_those_of_torch_where_it_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 5, cuda=cuda))
     described = environment()
     assert described["threads"] == 5 and described["gpu"] == "2 x NVIDIA H100"
+
+
+EPYC = "avx avx2 avx512f avx512_bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "told"),
+    [
+        (f"{EPYC} amx_bf16 amx_tile", None, "AMX"),
+        (f"{EPYC} amx_bf16 amx_tile", "AVX512_CORE_AMX", "AMX"),
+        (f"{EPYC} amx_bf16 amx_tile", "AVX512_CORE_BF16", "AVX-512 with bfloat16"),
+        (f"{EPYC} amx_bf16 amx_tile", "avx512_core", "AVX-512"),
+        (EPYC, None, "AVX-512 with bfloat16"),
+        (EPYC, "ALL", "AVX-512 with bfloat16"),
+        (EPYC, "AVX2_VNNI", "AVX2"),
+        ("avx avx2 avx512f", "AVX512_CORE_FP16", "AVX-512"),
+        ("avx avx2", None, "AVX2"),
+        ("sse4_1 avx", None, "AVX"),
+        ("sse4_1", None, "SSE4.1"),
+    ],
+)
+def test_the_largest_set_of_instructions_that_may_be_used_is_told(flags, limit, told, monkeypatch):
+    monkeypatch.setattr(processor, "_of_linux", lambda: {"flags": flags, "model name": "Chip"})
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if limit:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    described = environment()
+    assert (described["cpu"], described["instructions"]) == ("Chip", told)
+
+
+def test_of_other_processors_torch_is_asked_where_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(processor, "_of_linux", lambda: {"Features": "asimd sve"})
+    backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "SVE256"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(backends=backends))
+    assert processor.instructions() == "SVE256"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert processor.instructions() == ""
 
 
 def test_the_commit_of_a_checkout_is_told_and_whether_it_is_changed(tmp_path, monkeypatch):

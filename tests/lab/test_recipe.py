@@ -361,6 +361,7 @@ def test_plugins_are_found_by_entry_point_and_a_broken_one_is_a_warning(registry
         EntryPoint("kite", "paperworks_plugin_for_test:kite", "paperworks.recipes"),
     ]
     monkeypatch.setattr(module, "entry_points", lambda group: entries if group == "paperworks.recipes" else [])
+    monkeypatch.setattr(module, "load_cards", lambda: {"kite": None})
     module._discover.cache_clear()
     with pytest.warns(RuntimeWarning, match="the recipe plugin torn .* could not be loaded: ModuleNotFoundError"):
         assert "kite" in recipes()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from typing import Literal
 
 import pytest
 
 from paperworks.errors import UsageError
-from paperworks.lab import Run, benchmarks, records
+from paperworks.lab import Run, benchmarks, recipe, records
+from paperworks.lab.recipe import find
 from paperworks.lab.run import Measurement
 from paperworks.papers import get
 
@@ -99,6 +102,61 @@ def test_status_follows_from_recipe_and_record(monkeypatch):
     monkeypatch.setattr(records, "load_records", lambda: {"chimera": {}})
     monkeypatch.setattr(records, "recipes", lambda: {"hydra": object(), "chimera": object()})
     assert [records.status(get(slug)) for slug in ("chimera", "hydra", "tsdiff")] == ["measured", "runs", "planned"]
+
+
+RECORDS = [(slug, kept) for slug in records.load_records() for kept in records.records_of(slug)]
+
+
+@pytest.mark.parametrize(("slug", "kept"), RECORDS, ids=[f"{slug} on {records.device(kept)}" for slug, kept in RECORDS])
+def test_the_command_of_a_record_gives_its_parameters(slug, kept, monkeypatch):
+    from typer.testing import CliRunner
+
+    from paperworks.cli import app, runs
+
+    given = []
+
+    def execute(slug, options, *, scale, seed, **shared):
+        given.append((slug, find(slug).plain(options, scale), scale, seed))
+
+    monkeypatch.setattr(runs, "execute", execute)
+    monkeypatch.setattr(runs, "report", lambda done, as_json: 0)
+    program, *words = shlex.split(records.command(kept))
+    done = CliRunner().invoke(app(), words)
+    assert program == "paperworks" and done.exit_code == 0, done.output
+    ((found, parameters, scale, seed),) = given
+    assert (found, scale, seed) == (slug, kept["scale"], kept["seed"])
+    # A recipe may have got options since.
+    assert {name: parameters[name] for name in kept["parameters"]} == kept["parameters"]
+
+
+def test_a_command_names_what_differs_from_its_scale_and_nothing_else(registry):
+    @recipe(paper="hydra", tiny={"throws": 2})
+    def hydra(
+        run: Run, throws: int = 6, share: float = 0.5, fair: bool = True, loud: bool = False,
+        name: str = "die", kind: Literal["a", "b"] = "a", seed: int = 0,
+    ) -> None: ...  # fmt: skip
+
+    def command(scale="default", seed=0, **options):
+        parameters = hydra.plain(options, scale)
+        return records.command({"paper": "hydra", "scale": scale, "seed": seed, "parameters": parameters})
+
+    assert command() == "paperworks run hydra"
+    assert command("tiny") == "paperworks run hydra --scale tiny"
+    assert command("tiny", throws=6) == "paperworks run hydra --scale tiny --throws 6"
+    assert command(seed=7, fair=False, loud=True) == "paperworks run hydra --seed 7 --no-fair --loud"
+    assert command(share=0.25, name="my die", kind="b") == "paperworks run hydra --share 0.25 --name 'my die' --kind b"
+    # An option that is no more, and a recipe that is not here.
+    kept = {"paper": "hydra", "scale": "default", "seed": 0, "parameters": {"sides": 6, "throws": 6, "new_name": "x"}}
+    assert records.command(kept) == "paperworks run hydra"
+    assert records.command({**kept, "paper": "tsdiff"}) == "paperworks run tsdiff --sides 6 --throws 6 --new-name x"
+
+
+def test_a_machine_is_told_with_what_its_processor_can():
+    environment = {"cpu": "AMD EPYC", "instructions": "AVX2", "cores": 2, "threads": 1, "gpu": None}
+    assert records.machine(environment) == "AMD EPYC, AVX2, 2 cores, 1 thread"
+    assert records.machine({**environment, "gpu": "Great GPU"}) == "Great GPU, 2 cores, 1 thread"
+    del environment["instructions"]
+    assert records.machine(environment) == "AMD EPYC, 2 cores, 1 thread"
 
 
 @pytest.mark.parametrize(

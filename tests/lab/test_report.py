@@ -102,4 +102,13 @@ def test_markdown_shows_the_claims_beside_the_table():
     run.ratio("speed-up", method=[3.0, 3.2], baseline=[2.0, 2.0], series="Hydra", against="plain decoding")
     text = report.markdown(run, get("hydra"))
     assert "| Hydra | 1.55x (1.03 to 2.33) |" in text and "| claim | paper | here | verdict |" in text
-    assert "- Chip, 2 cores, scale default" in text
+    assert "- Chip, 2 cores, scale default" in text and "\n- `paperworks run hydra`\n" in text
+
+
+def test_results_are_followed_by_the_command_that_gives_them():
+    kept = records.load_records()["hydra"]
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    report.print_results(console, get("hydra"), kept)
+    # In one line, however long, as it is to be copied.
+    assert records.command(kept) in console.file.getvalue().splitlines()
+    assert "--train-tokens 672000" in records.command(kept) and "--nodes 11" in records.command(kept)

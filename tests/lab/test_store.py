@@ -260,6 +260,15 @@ def test_the_latest_run_is_the_newest_that_finished(store):
     assert store.latest("hydra").id == finished.id
 
 
+def test_a_tiny_run_is_kept_and_is_never_the_latest(store):
+    ended(store, begun(store, scale="tiny"))
+    assert store.latest("hydra") is None and store.runs("hydra", tiny=False) == []
+    kept = ended(store, begun(store, scale="default"))
+    tiny = ended(store, begun(store, scale="tiny"))
+    assert store.latest("hydra").id == kept.id and [run.id for run in store.runs("hydra", tiny=False)] == [kept.id]
+    assert {run.id for run in store.runs("hydra")} >= {kept.id, tiny.id} and len(store.runs("hydra")) == 3
+
+
 def test_an_unknown_run_is_refused(store):
     with pytest.raises(UsageError, match="there is no run 'nobody'"):
         store.run("nobody")

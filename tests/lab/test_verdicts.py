@@ -111,6 +111,13 @@ def test_scale_tiny_says_nothing():
     assert found.kind == "not shown here"
 
 
+def test_the_tests_of_a_plugin_prove_its_claims():
+    paper = card(claim(test="tests/test_coin.py::test_it_is_fair"))
+    [own], [other] = verdicts(paper, []), verdicts(paper.model_copy(update={"origin": "the plugin coin"}), [])
+    assert own.kind == other.kind == "proved"
+    assert (own.why, other.why) == ("a test of this repository shows it", "a test of the plugin coin shows it")
+
+
 def test_series_and_baseline_are_told_apart():
     figures = [replace(ratio(value), series=series) for value, series in ((1.0, "Medusa"), (2.0, "Hydra"))]
     named = Evidence(measurement="r", series="Hydra", against="b")

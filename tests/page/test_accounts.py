@@ -16,7 +16,8 @@ from paperworks.lab import Store
 from paperworks.page import accounts as module
 from paperworks.page.accounts import GUESS_SECONDS, GUESSES, LINK_SECONDS, LINKS, SESSION_SECONDS, Accounts
 from paperworks.page.places import BusyError
-from paperworks.page.tables import GuessRow, LoginLinkRow, MailRow, SessionRow, UserRow
+from paperworks.page.subscriptions import Subscriptions
+from paperworks.page.tables import GuessRow, LoginLinkRow, MailRow, SessionRow, SubscriptionRow, UserRow
 
 ADA, BOB, SECRET, NEW = "ada@example.org", "bob@example.org", "correct horse", "battery staple"
 SPENT = "used already, has been replaced by a newer one or is more than an hour old"
@@ -614,3 +615,60 @@ def _decoded(token: str) -> bytes:
     from base64 import urlsafe_b64decode
 
     return urlsafe_b64decode(token + "=")
+
+
+def test_a_link_keeps_where_it_leads_and_the_vote_and_tells_them_to_who_opens_it(store):
+    accounts = accounts_of(store, confirms=True)
+    accounts.request_password(ADA, next="/search?q=a", vote="2402.05109")
+    accounts.request_link(ADA, next="/reading")
+    register, login = tokens(store)
+    assert accounts.link(register, "register") == module.Link("register", ADA, "/search?q=a", "2402.05109")
+    assert accounts.link(login, "login") == module.Link("login", ADA, "/reading", "")
+
+
+def test_all_sessions_of_an_account_end_and_no_others(store):
+    accounts = registered(store)
+    ada, again = accounts.login(ADA, SECRET), accounts.login(ADA, SECRET)
+    bob = registered(store, BOB).login(BOB, SECRET)
+    accounts.end_sessions(accounts.user(ada))
+    assert accounts.user(ada) is accounts.user(again) is None and accounts.user(bob).email == BOB
+
+
+def test_a_deleted_account_takes_with_it_what_is_its_own_and_only_that(store):
+    accounts = registered(store)
+    registered(store, BOB)
+    token, other = accounts.login(ADA, SECRET), accounts.login(BOB, SECRET)
+    ada = accounts.user(token)
+    for email in (ADA, BOB):
+        Subscriptions(store, "https://papers.example.org").subscribe(email, owned=True)
+        accounts.request_link(email)
+    links = tokens(store)
+    with pytest.raises(UsageError, match="is not the password that you have"):
+        accounts.delete(ada, NEW)
+    accounts.delete(ada, SECRET)
+    assert accounts.user(token) is None and accounts.user(other).email == BOB
+    assert [row.email for row in rows(store, UserRow)] == [row.email for row in rows(store, SubscriptionRow)] == [BOB]
+    assert {row.recipient for row in rows(store, MailRow)} == {BOB}
+    # A link that was mailed before brings nothing back.
+    with pytest.raises(UsageError, match=SPENT):
+        accounts.login_by_link(links[-1])
+    with pytest.raises(UsageError, match="is not the password that you have"):
+        accounts.delete(ada, SECRET)
+
+
+def test_of_an_address_that_is_not_confirmed_the_owners_things_stay(store):
+    Subscriptions(store, "https://papers.example.org").subscribe(ADA, owned=True)
+    accounts = accounts_of(store)
+    accounts.delete(accounts.user(accounts.register(ADA, SECRET)), SECRET)
+    assert rows(store, UserRow) == [] and [row.email for row in rows(store, SubscriptionRow)] == [ADA]
+
+
+def test_guesses_at_the_password_that_deletes_an_account_are_counted(store, clock):
+    accounts = registered(store)
+    ada = accounts.user(accounts.login(ADA, SECRET))
+    for _ in range(GUESSES):
+        with pytest.raises(UsageError):
+            accounts.delete(ada, NEW)
+    with pytest.raises(BusyError, match="too many passwords were tried"):
+        accounts.delete(ada, SECRET)
+    assert [row.email for row in rows(store, UserRow)] == [ADA]

@@ -22,8 +22,9 @@ from paperworks.page.digest import composed, due, new_papers, put_digests, rende
 from paperworks.page.entries import Entry
 from paperworks.page.index import Index
 from paperworks.page.mail import send_pending
+from paperworks.page.reading import keep
 from paperworks.page.subscriptions import Subscription
-from paperworks.page.tables import EntryRow, MailRow, SubscriptionRow
+from paperworks.page.tables import EntryRow, MailRow, SubscriptionRow, UserRow
 from paperworks.page.trending import Trend
 from tests.page.mailserver import MailServer
 
@@ -308,3 +309,24 @@ def test_the_command_line_loads_nothing_of_the_page():
     code = "import sys, paperworks.cli; print([m for m in ('aiosmtplib', 'argon2', 'jinja2', 'sqlalchemy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reading_list_brings_what_is_new_and_like_it(store):
+    with store.writing() as session:
+        session.add_all(
+            UserRow(id=id, email=email, created=0.0) for id, email in ((1, WISH.email), (2, "b@example.org"))
+        )
+    add(store, paper(1, "Speculative beetles"), paper(2, "Beetles of old"), paper(3, "Rivers"), added=ago(days=9))
+    add(store, paper(4, "New beetles"), paper(5, "New trains"), added=ago(days=2))
+    add(store, paper(6, "Beetles of long ago", days=60), added=ago(days=2))
+    keep(store, 1, "2611.00001")
+    keep(store, 2, "2611.00003")
+    assert titles(store, kind="reading") == ["New beetles"]
+    assert (
+        titles(store, kind="reading", email="b@example.org")
+        == titles(store, kind="reading", email="c@example.org")
+        == []
+    )
+    mail = composed(store, replace(WISH, kind="reading", told_until=ago(days=7)), URL, NOW.timestamp())
+    news, _, _ = mail.text.partition("Trending this week")
+    assert "papers like those of your reading list" in news and "Speculative" not in news

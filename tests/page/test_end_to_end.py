@@ -123,7 +123,7 @@ def test_a_reader_subscribes_and_confirms_through_the_mail_and_ends_it(page, sto
     page.get_by_label("E-mail").fill("reader@example.org")
     page.get_by_label("daily").check()
     page.get_by_role("main").get_by_role("button", name="Subscribe").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text("Look into your mail")
+    expect(page.get_by_role("heading", level=1)).to_have_text("The mail is kept, not sent")
     subscribed = confirmed(store)
     assert subscribed == {"reader@example.org": False}
 
@@ -164,7 +164,7 @@ def test_a_reader_signs_in_by_a_link_in_the_mail(page, store, mailbox):
     page.goto("/login")
     page.get_by_label("E-mail").fill("newcomer@example.org")
     page.get_by_role("main").get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("heading", level=1)).to_have_text("Look into your mail")
+    expect(page.get_by_role("heading", level=1)).to_have_text("The mail is kept, not sent")
     sent(store, mailbox)
     page.goto(link(mailbox.mails[-1].get_body(("plain",)).get_content(), "login/link"))
     page.get_by_role("main").get_by_role("button", name="Log in").click()
@@ -338,7 +338,7 @@ def test_the_keyboard_goes_past_the_header_to_the_papers(page):
 PAGES = (
     "/", "/new", "/search?q=make+my+llm+faster", "/search?q=zzzz+qqqq", "/papers/hydra", "/papers/chimera", "/papers/maskllm",
     "/rooms", "/rooms/decoding", "/submit", "/subscribe", "/login", "/register", "/forgotten", "/confirm/x",
-    "/unsubscribe/x", "/login/link/x", "/no-such-page", "/runs/{finished}", "/runs/{failed}", "/runs/{running}",
+    "/unsubscribe/x", "/login/link/x", "/no-such-page", "/runs", "/runs/compare?run={finished}&run={failed}", "/runs/{finished}", "/runs/{failed}", "/runs/{running}",
 )  # fmt: skip
 
 
@@ -395,7 +395,9 @@ def test_axe_finds_no_violation_light_and_dark_on_phone_and_desktop(browser, ser
     page = context.new_page()
     if signed_in:
         register(page, "axe@example.org")
-    pages = ("/papers/hydra", "/search?q=draft", "/submit", "/account", "/") if signed_in else PAGES
+    pages = (
+        ("/papers/hydra", "/search?q=draft", "/submit", "/account", "/reading", "/runs", "/") if signed_in else PAGES
+    )
     violations = audit(page, axe, [path.format(**runs) for path in pages])
     context.close()
     assert not violations, "\n".join(map(str, violations))

@@ -196,7 +196,7 @@ def ada(app, mailbox):
     """A browser whose reader has registered."""
     browser = Browser(app)
     browser.open("/register")
-    assert set(browser.page.form("/register").fields) == {"csrf", "email"}
+    assert set(browser.page.form("/register").fields) == {"csrf", "next", "email"}
     assert browser.send("/register", email=ADA).of("h1") == "Look into your mail"
     link = mailbox.link()
     assert browser.open(link).of("h1") == "Choose a password" and browser.reader is None
@@ -262,7 +262,7 @@ def test_a_vote_and_its_taking_back(app, ada):
     # From a list, back to it.
     ada.open("/search?q=hydra")
     ada.send("/papers/hydra/vote")
-    assert (ada.page.url, count(app, VoteRow)) == (f"{BASE}/search?q=hydra", 1)
+    assert (ada.page.url, count(app, VoteRow)) == (f"{BASE}/search?q=hydra#vote-hydra", 1)
 
 
 def test_a_subscription_of_an_account_and_of_a_stranger(app, mailbox, ada):
@@ -311,7 +311,17 @@ def test_a_run_is_started_after_values_that_are_refused_and_is_stopped(app, ada)
     for name, value in refused.items():
         ada.open("/papers/hydra")
         told = ada.send(path, False, **{name: value})
-        assert ada.status == 400 and f"{value}" in told.of("main"), name
+        assert ada.status == 400 and value in told.alert, name
+        # What was typed is not lost, and the field that was refused has the focus.
+        field = told.form(path).fields[name]
+        assert field.value == value or value not in (field.choices or [value]), name
+        assert "autofocus" in field.attributes and field.attributes["aria-describedby"].startswith("wrong")
+        assert told.html.count("autofocus") == 1
+    ada.open("/papers/hydra")
+    ada.send(path, False, **{"parameter.new_tokens": "385", "parameter.epochs": "2", "seed": "5"})
+    kept = ada.page.form(path).fields
+    assert (kept["parameter.epochs"].value, kept["seed"].value) == ("2", "5")
+    assert re.search(r"<details open>\s*<summary>Parameters", ada.page.html)
     assert app.state.store.runs() == []
     ada.open("/papers/hydra")
     ada.send(path, **{"scale": "tiny", "seed": "7", "parameter.new_tokens": "9", "parameter.model": ""})

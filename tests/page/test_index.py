@@ -11,14 +11,15 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from paperworks.errors import UsageError
 from paperworks.lab import Store
 from paperworks.page import entries, meaning, words
 from paperworks.page import index as module
 from paperworks.page.entries import STATUSES, Entry, values_of
-from paperworks.page.index import Added, Index
+from paperworks.page.index import Added, Index, Results
+from paperworks.page.search import LEAST_LIKENESS
 from paperworks.page.tables import EntryRow, EntryVectorRow
 from paperworks.papers import load_cards
 
@@ -525,3 +526,66 @@ def test_a_filter_is_applied_to_what_matches(tmp_path):
             plan = [row[3] for row in session.execute(text(f"EXPLAIN QUERY PLAN {told}"))]
     # "=" beside M would be a look-up by the paper's identity.
     assert plan[0] == "SCAN entry_words VIRTUAL TABLE INDEX 0:M4"
+
+
+class Angles:
+    """A paper called 1 lies on the first axis, and what is asked for at the cosine that it spells; all else lies across."""
+
+    name = "angles"
+
+    def encode(self, texts):
+        def vector(text):
+            try:
+                cosine = float(text)
+            except ValueError:
+                cosine = 0.0
+            return [cosine, (1 - cosine**2) ** 0.5, *[0.0] * 62]
+
+        return np.array([vector(text) for text in texts], dtype=np.float32)
+
+
+@pytest.mark.parametrize(("over", "titles"), [(0.01, ["1"]), (-0.01, [])])
+def test_what_is_less_like_a_query_than_the_least_likeness_is_not_found(store, over, titles):
+    index = Index(store, Angles())
+    index.add([paper(1, "1")])
+    index.build()
+    query = str(LEAST_LIKENESS + over)
+    results = index.search(query)
+    assert ([hit.entry.title for hit in results.hits], results.total) == (titles, len(titles))
+
+
+def test_a_number_finds_its_paper_alone_and_within_the_filters(store):
+    index = Index(store)
+    index.add([paper(1, "Cats", categories=("cs.LG",)), paper(2, "Of 2611.00001 and others", abstract="2611.00001")])
+    for said in ("2611.00001", "arXiv:2611.00001v3", "https://arxiv.org/pdf/2611.00001v3"):
+        results = index.search(said)
+        assert (found(index, said), results.total) == (["Cats"], 1) and results.hits[0].score == 1 / 60
+    assert found(index, "2611.00001", tag="cs.LG") == ["Cats"] and found(index, "2611.00001", tag="cs.SD") == []
+    assert index.search("2611.00001", offset=1) == Results(1, [])
+    assert found(index, "2611.00009") == []
+    # Among other words it is a word.
+    assert found(index, "of 2611.00001 others") == ["Of 2611.00001 and others"]
+
+
+def test_what_is_near_to_many_papers_of_a_list_is_recommended_first(store):
+    index = Index(store, WordEmbedder())
+    index.add(
+        [
+            paper(1, "fast cat"), paper(2, "slow tree"), paper(3, "rapid feline slow tree"), paper(4, "speedy cat"),
+            paper(5, "slow tree house"), paper(6, "seven seas"),
+        ]
+    )  # fmt: skip
+    index.build()
+    keys = ["2611.00001", "2611.00002"]
+    titles = [entry.title for entry in index.recommended(keys)]
+    assert titles[0] == "rapid feline slow tree" and set(titles[1:]) == {"speedy cat", "slow tree house"}
+    assert [entry.title for entry in index.recommended(keys, 1)] == titles[:1]
+    assert index.recommended([]) == index.recommended(["2611.00009"]) == []
+    with store.writing() as session:
+        session.execute(update(EntryRow).values(added=EntryRow.id * 10.0))
+    assert [entry.title for entry in index.recommended(keys, added=(30.0, 40.0))] == ["speedy cat"]
+
+
+def test_without_meaning_recommendations_go_by_the_words_of_titles(index):
+    index.add([paper(1, "fast cat"), paper(2, "cat tree"), paper(3, "seven seas")])
+    assert [entry.title for entry in index.recommended(["2611.00001"])] == ["cat tree"]

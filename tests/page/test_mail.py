@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import select, update
 
+from paperworks import cli
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab import Store
 from paperworks.page import mail as module
 from paperworks.page.load import free_port
-from paperworks.page.mail import Mail, Outbox, Sent, address, keep_sending, letter, send_pending
+from paperworks.page.mail import Mail, Outbox, Sent, address, keep_sending, letter, send_pending, waiting
 from paperworks.page.tables import MailRow
 from tests.page.mailserver import MailServer
 
@@ -298,3 +300,40 @@ def test_a_letter_is_escaped_in_html_and_plain_in_text():
     assert "papers for “<b>&”" in mail.text and "https://e.org/x" in mail.text
     assert "papers for “&lt;b&gt;&amp;”" in mail.html and "<b>" not in mail.html
     assert '<a href="https://e.org/x"' in mail.html
+
+
+def test_what_waits_is_listed_while_it_is_of_use(store, clock, server):
+    outbox = Outbox(store)
+    outbox.put("ada@example.org", HELLO)
+    outbox.put("bob@example.org", HELLO, useful_for=60)
+    told = waiting(store)
+    assert [(one.to, one.subject, one.text) for one in told] == [
+        ("ada@example.org", "Hello", "Hello."), ("bob@example.org", "Hello", "Hello."),
+    ]  # fmt: skip
+    assert told[0].put.timestamp() == clock.now
+    clock.now += 61
+    assert [one.to for one in waiting(store)] == ["ada@example.org"]
+    send_pending(store, server.url)
+    assert waiting(store) == []
+
+
+def test_the_command_lists_and_shows_what_waits(local, monkeypatch, capsys):
+    def paperworks(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["paperworks", *words, "--store", local.url])
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    assert paperworks("mail") == (0, "no mail waits\n", "")
+    Outbox(local).put("ada@example.org", Mail("Your account", "Choose it behind [a link].", ""))
+    status, listed, hint = paperworks("mail")
+    assert status == 0 and "ada@example.org" in listed and "Your account" in listed
+    assert "Choose it" not in listed and hint == "`paperworks mail 1` shows the newest\n"
+    status, shown, _ = paperworks("mail", "1")
+    assert (status, shown) == (0, "To: ada@example.org\nSubject: Your account\n\nChoose it behind [a link].\n")
+    status, told, _ = paperworks("mail", "--json")
+    assert status == 0 and [(one["id"], one["to"]) for one in json.loads(told)] == [(1, "ada@example.org")]
+    status, _, error = paperworks("mail", "7")
+    assert (status, error) == (2, "paperworks: no mail 7 waits; `paperworks mail` lists those that do\n")

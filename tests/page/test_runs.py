@@ -63,13 +63,25 @@ def sleeper(
         bar.advance()
 '''
 
+CARD = """
+slug = "sleeper"
+title = "On Sleep"
+year = 2026
+room = "tuning"
+names = ["Sleeper"]
+summary = "Sleeps."
+tags = ["rest"]
+"""
+
 
 @pytest.fixture
 def sleeper(tmp_path, monkeypatch, registry):
     """A plugin, found by this process and by those of the runs."""
     site = tmp_path / "site"
     (site / "sleeper-1.0.dist-info").mkdir(parents=True)
-    (site / "sleeper_plugin.py").write_text(RECIPE)
+    (site / "sleeper_plugin").mkdir()
+    (site / "sleeper_plugin" / "__init__.py").write_text(RECIPE)
+    (site / "sleeper_plugin" / "sleeper.toml").write_text(CARD)
     (site / "sleeper-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: sleeper\nVersion: 1.0\n")
     entry = "[paperworks.recipes]\nsleeper = sleeper_plugin\n"
     (site / "sleeper-1.0.dist-info" / "entry_points.txt").write_text(entry)

@@ -176,3 +176,19 @@ def test_a_subscription_that_was_answered_survives_a_kill(store, store_url):
     assert subprocess.run([sys.executable, "-c", code, store_url]).returncode == -9
     begun = Subscriptions(store, "https://papers.example.org").confirm(tokens(store)[0])
     assert (begun.email, begun.tag) == (ADA, "vision")
+
+
+def test_a_digest_of_a_reading_list_is_a_subscription_of_its_own(store, subscriptions, clock):
+    everything = subscriptions.subscribe(ADA, owned=True)
+    reading = subscriptions.subscribe(ADA, kind="reading", frequency="daily", owned=True)
+    assert everything.id != reading.id and reading.subject == "papers like those of your reading list"
+    assert [(one.kind, one.frequency) for one in subscriptions.of(ADA)] == [("papers", "weekly"), ("reading", "daily")]
+    # One that waits for its confirmation has not begun.
+    subscriptions.subscribe(ADA, query="llm")
+    subscriptions.subscribe("bob@example.org", owned=True)
+    assert len(subscriptions.of(ADA)) == 2
+    subscriptions.unsubscribe(everything.farewell)
+    assert [one.kind for one in subscriptions.of(ADA)] == ["reading"]
+    for wrong in ({"kind": "poems"}, {"kind": "reading", "query": "llm"}, {"kind": "reading", "tag": "cs.lg"}):
+        with pytest.raises(UsageError, match="a digest is of papers or reading"):
+            subscriptions.subscribe(ADA, **wrong)

@@ -55,9 +55,9 @@ def fill(store: Store, entries: list[Entry], votes: dict[int, list[float]], runs
             session.add_all(run(slug, f"{slug} {number}", now - age * DAY) for number, age in enumerate(ages))
 
 
-def run(slug: str, id: str, finished: float, status: str = "finished") -> RunRow:
+def run(slug: str, id: str, finished: float, status: str = "finished", scale: str = "default") -> RunRow:
     return RunRow(
-        id=id, paper=slug, parameters={}, seed=0, scale="tiny", status=status, started=finished - 10, finished=finished,
+        id=id, paper=slug, parameters={}, seed=0, scale=scale, status=status, started=finished - 10, finished=finished,
         environment={}, progress=[], host="here", pid=1, process_started=0.0, heartbeat=finished,
     )  # fmt: skip
 
@@ -163,3 +163,13 @@ def test_what_is_out_of_range_is_refused(store, wrong, message):
 def test_the_formula_on_the_page_says_what_counts():
     for word in ("V + log₂(1 + R) + (1 + log₂(1 + U)) · N", "day, week or month", "2^(−2 · age / period)"):
         assert word in FORMULA
+
+
+def test_a_tiny_run_measures_nothing_and_does_not_count(store):
+    entries = [paper(number, 40, slug=slug) for number, slug in enumerate(SLUGS[:2])]
+    fill(store, entries, {}, {SLUGS[0]: [0.1]})
+    with store.writing() as session:
+        session.add_all(run(SLUGS[1], f"tiny {number}", time.time() - 60, scale="tiny") for number in range(9))
+    first, second = trending(store, "week", 2)
+    assert (first.entry.slug, first.runs, second.entry.slug, second.runs) == (SLUGS[0], 1, SLUGS[1], 0)
+    assert second.score == 0

@@ -93,6 +93,12 @@ def test_good_card_loads(folder):
         ('slug = "one"', 'slug = "two"', "field 'slug': it must be the file's name"),
         ('source = "abstract"', "", "field 'claims.0.source'"),
         ("number = 1", "number = ", "not valid TOML"),
+        (
+            'room = "decoding"',
+            'room = "decoding"\naim = "write"',
+            "field 'room': the room 'decoding' has its aim already",
+        ),
+        ('room = "decoding"', 'room = "The attic"\naim = "climb"', "field 'room'"),
     ],
 )
 def test_bad_card_is_refused_by_file_and_field(folder, old, new, words):
@@ -100,6 +106,19 @@ def test_bad_card_is_refused_by_file_and_field(folder, old, new, words):
     with pytest.raises(CardError) as error:
         load_cards(folder)
     assert str(error.value).startswith("one.toml") and words in str(error.value)
+
+
+def test_a_room_of_ones_own_comes_with_its_aim(folder):
+    (folder / "one.toml").write_text(CARD.replace('room = "decoding"', 'room = "attic"\naim = "keep things"'))
+    paper = load_cards(folder)["one"]
+    assert (paper.room, paper.aim) == ("attic", "keep things")
+
+
+def test_names_are_imported_from_the_room_unless_a_plugin_says_otherwise(folder):
+    paper = load_cards(folder)["one"]
+    assert paper.imports == ["from paperworks.decoding import One"]
+    assert paper.model_copy(update={"origin": "the folder x"}).imports == []
+    assert paper.model_copy(update={"origin": "the plugin x", "module": "ones"}).imports == ["from ones import One"]
 
 
 def test_two_cards_of_one_number_are_refused(folder):

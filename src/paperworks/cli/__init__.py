@@ -1,16 +1,19 @@
-"""The command line: list, search, show, claims, run, compare, generate, inspect, results, bench, ingest, serve, digest."""
+"""The command line: list, search, show, claims, run, compare, generate, train-drafter, inspect, results, bench, ingest, serve, digest, mail."""
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from paperworks import __version__
 from paperworks.cli import bench, models, page, papers, runs
-from paperworks.errors import PaperworksError, missing_extra
+from paperworks.errors import PaperworksError, UsageError, missing_extra
+from paperworks.papers import INCLUDE, PluginWarning
 
 # Libraries draw bars and warn on the error stream, where progress and errors are told in the commands' own words.
 _SILENT = {
@@ -43,6 +46,10 @@ def app() -> typer.Typer:
     program.command("generate", epilog='Example: `paperworks generate --method hydra "Why is the sky blue?"`')(
         models.generate
     )
+    program.command(
+        "train-drafter",
+        epilog="Example: `paperworks train-drafter --model PATH --method hydra --out hydra-for-my-model`",
+    )(models.train_drafter)
     program.command("results", epilog="Example: `paperworks results hydra`")(runs.results)
     program.command("inspect", epilog="Example: `paperworks inspect --model my_model.py:build --data digits`")(
         models.inspect_model
@@ -50,6 +57,7 @@ def app() -> typer.Typer:
     program.command("bench", epilog="Example: `paperworks bench hydra`")(bench.bench)
     program.command("serve", epilog="Example: `paperworks serve --port 8000`")(page.serve)
     program.command("digest", epilog="Example: `paperworks digest --dry-run --to digests`")(page.digest)
+    program.command("mail", epilog="Example: `paperworks mail`")(page.mail)
     program.add_typer(runs.run_commands(), name="run")
     program.add_typer(page.ingest_commands(), name="ingest")
     return program
@@ -59,8 +67,11 @@ def main() -> None:
     """Run the command line; errors are one sentence and an exit status."""
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)
+    warnings.formatwarning = _told_in_a_line
     try:
-        status = app()(standalone_mode=False)
+        # Before the commands are made: each recipe that a folder brings has one.
+        words = _include(sys.argv[1:])
+        status = app()(words, standalone_mode=False)
         # Typer turns Ctrl-C into this status of its own.
         if status == 130:
             raise KeyboardInterrupt
@@ -79,6 +90,38 @@ def main() -> None:
         raise
 
 
+def _include(words: Sequence[str]) -> list[str]:
+    """Take `--include FOLDER` out of what was typed, wherever it stands, and have its papers found here and in processes begun from here."""
+    left: list[str] = []
+    folders: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            left += [word, *rest]
+        elif word == "--include" or word.startswith("--include="):
+            folder = word.partition("=")[2] if "=" in word else next(rest, "")
+            if not folder:
+                raise UsageError("--include takes a folder with TOML cards and recipe modules")
+            folders.append(os.path.abspath(os.path.expanduser(folder)))
+        else:
+            left.append(word)
+    if folders:
+        before = filter(None, os.environ.get(INCLUDE, "").split(os.pathsep))
+        os.environ[INCLUDE] = os.pathsep.join(dict.fromkeys([*folders, *before]))
+    return left
+
+
+_plain_format = warnings.formatwarning
+
+
+def _told_in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, PluginWarning):
+        return f"paperworks: {message}\n"
+    return _plain_format(message, category, filename, lineno, line)
+
+
 def _fail(sentence: str, status: int) -> None:
     print(f"paperworks: {sentence}", file=sys.stderr)
     sys.exit(status)
@@ -94,5 +137,13 @@ def _shared_options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
     ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Papers of your own: a folder with TOML cards and recipe modules. Stands anywhere, and may be given again."
+            f"  [env: {INCLUDE}]",
+        ),
+    ] = None,
 ) -> None:
     pass

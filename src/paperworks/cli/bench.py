@@ -12,7 +12,7 @@ import typer
 from paperworks.cli.runs import execute, report
 from paperworks.cli.shared import StoreOption
 from paperworks.errors import UsageError
-from paperworks.papers import get
+from paperworks.papers import get, load_cards
 
 # What may be carried to a machine with a GPU.
 _MOST_PARTS = 60 * 2**20
@@ -64,7 +64,12 @@ def bench(
         if not parts.is_dir():
             raise UsageError(f"{parts} is no folder of trained parts, as `paperworks bench --pack FOLDER` leaves one")
         os.environ[cache.BROUGHT] = str(parts)
-    chosen = [find(get(name).slug) for name in papers] if papers else list(recipes().values())
+    if papers:
+        chosen = [find(get(name).slug) for name in papers]
+    else:
+        # What a plugin measures belongs beside its own card, and is asked for by name.
+        cards = load_cards()
+        chosen = [one for slug, one in recipes().items() if not cards[slug].origin]
     if missing:
         chosen = [one for one in chosen if one.paper not in records.load_records(root / "benchmarks" / "records")]
     left_out = [] if minutes is None else [f"{one.paper}: a GPU changes nothing" for one in chosen if not one.gpu]

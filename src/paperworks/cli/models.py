@@ -1,4 +1,4 @@
-"""Your own model: generate, inspect."""
+"""Your own model: generate, train-drafter, inspect."""
 
 from __future__ import annotations
 
@@ -48,9 +48,45 @@ def generate(
     )
 
 
+def train_drafter(
+    out: Annotated[Path, typer.Option(help="Folder for the drafter, new or empty.")],
+    model: Annotated[str, typer.Option(help="A folder, a Hugging Face id or smollm2-135m.")] = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="hydra, medusa, chimera, fspad ...")] = "hydra",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens the model writes to train it on.  [default: 24000]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over them.  [default: 3]")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Draft only the most frequent tokens; 0 for all.  [default: 4096]")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Drafted tokens a call; what is fastest on this machine by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of text, order and weights.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a drafter for your own model on text that it writes: says how long it takes, goes on where it was stopped."""
+    from paperworks.consult.training import train
+    from paperworks.lab.display import Display
+
+    with Display() as display:
+        trained = train(
+            out, method=method, model=model, tokens=tokens, epochs=epochs, vocabulary=vocabulary, nodes=nodes, seed=seed,
+            display=display,
+        )  # fmt: skip
+    if as_json:
+        return print_json({**vars(trained), "folder": str(trained.folder)})
+    print(f"{trained.method}: {trained.folder}")
+    if trained.nodes == 0:
+        print("no drafting pays on this machine: with this drafter text is written as fast as without")
+    print(f"next: {trained.command}")
+
+
 def inspect_model(
     model: Annotated[str, typer.Option(help="FILE.py:NAME, package.module:NAME, or a transformers image classifier.")],
-    data: Annotated[str, typer.Option(help="Data to show it, such as digits or mnist-10k.")],
+    data: Annotated[
+        str, typer.Option(help="A table (.csv, .parquet, .npz), a folder of images, or a name such as digits.")
+    ],
     layer: Annotated[str | None, typer.Option(help="The classifier's linear layer; the last one by default.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A safetensors file with the network's state.")] = None,
     figure: Annotated[Path, typer.Option(help="Folder to write the figures to.")] = Path(),

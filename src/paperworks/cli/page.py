@@ -1,4 +1,4 @@
-"""The page: ingest, serve, digest."""
+"""The page: ingest, serve, digest, mail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paperworks.cli.shared import JsonOption, StoreOption, print_json
+from paperworks.cli.shared import JsonOption, StoreOption, print_json, terminal
 from paperworks.errors import UsageError
 
 SinceOption = Annotated[
@@ -192,3 +192,42 @@ def digest(
         made = put_digests(opened, base_url, now)
         sent = send_pending(opened, str(smtp))
     print(f"{made} digests made, {sent.sent} mails sent, {sent.failed} failed")
+
+
+def mail(
+    number: Annotated[int | None, typer.Argument(help="The mail to show whole; all are listed by default.")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mails that wait to be sent: without a mail server this is where to read the link in one."""
+    from dataclasses import asdict
+
+    from paperworks.lab.store import Store
+    from paperworks.page.mail import waiting
+
+    with Store(store) as opened:
+        mails = waiting(opened)
+    if number is not None:
+        mails = [one for one in mails if one.id == number]
+        if not mails:
+            raise UsageError(f"no mail {number} waits; `paperworks mail` lists those that do")
+    if as_json:
+        return print_json([{**asdict(one), "put": one.put.isoformat()} for one in mails])
+    if number is not None:
+        [shown] = mails
+        print(f"To: {shown.to}\nSubject: {shown.subject}\n\n{shown.text}")
+        return
+    if not mails:
+        print("no mail waits")
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("mail", "to", "subject", "since"):
+        table.add_column(heading, overflow="fold")
+    for one in mails:
+        table.add_row(str(one.id), *map(Text, (one.to, one.subject, f"{one.put:%Y-%m-%d %H:%M} UTC")))
+    terminal().print(table)
+    print(f"`paperworks mail {mails[-1].id}` shows the newest", file=sys.stderr)

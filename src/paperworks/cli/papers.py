@@ -60,6 +60,8 @@ def _print_papers(papers: list[Paper], as_json: bool, *, by_room: bool = False) 
         room = paper.room
         status = records.status(paper)
         here = f"{status}: {in_words(found[paper.slug])}" if status == "measured" else status
+        if all(record["scale"] == "tiny" for record in records.records_of(paper.slug)) and status == "measured":
+            here = "runs, tried at scale tiny"
         table.add_row(paper.slug, paper.summary.split(". ")[0].rstrip("."), here)
     terminal().print(table)
 
@@ -74,7 +76,10 @@ def search_papers(
     """Find papers by words and by meaning."""
     from paperworks.page.search import search
 
-    _print_papers(search(query, meaning=not words, embedder=embedder, limit=limit), as_json)
+    found = search(query, meaning=not words, embedder=embedder, limit=limit)
+    if not found and not as_json:
+        return print("nothing found: try other words, or `paperworks list`")
+    _print_papers(found, as_json)
 
 
 def show(
@@ -83,7 +88,7 @@ def show(
     """A paper's card, its claims, how to import it, and the newest figures."""
     from paperworks.lab import records
     from paperworks.lab.report import print_claims, rendered, table, told
-    from paperworks.lab.verdicts import verdicts
+    from paperworks.lab.verdicts import TINY, verdicts
 
     card = get(paper)
     kept = records.records_of(card.slug)
@@ -114,7 +119,9 @@ def show(
     for record in kept:
         console.print()
         console.print(rendered(*table(card.slug, record["measurements"]), console.width), highlight=False)
-        console.print(f"\n{told(record)}", highlight=False, markup=False)
+        console.print(f"\n{told(record)}\n{records.command(record)}", highlight=False, markup=False, soft_wrap=True)
+        if record["scale"] == "tiny":
+            console.print(f"{TINY.capitalize()}.", highlight=False, markup=False)
     console.print()
     print_claims(console, found)
     if kept and card.shortfall:

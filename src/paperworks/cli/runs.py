@@ -11,7 +11,7 @@ import typer
 
 from paperworks.cli.shared import JsonOption, StoreOption, print_json, terminal
 from paperworks.errors import UsageError
-from paperworks.papers import get
+from paperworks.papers import get, load_cards
 
 _SHARED = {
     "scale": (str, "default", "tiny (seconds), default, or paper (a GPU's work)."),
@@ -103,9 +103,12 @@ def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
     else:
         console = terminal()
         for run in runs:
-            if run.measurements:
-                print_results(console, get(run.paper), as_record(run) | {"measurements": run.measurements})
-            if every and run.measurements:
+            card = load_cards().get(run.paper)
+            if run.measurements and card is not None:
+                print_results(console, card, as_record(run) | {"measurements": run.measurements})
+            elif run.measurements:
+                print(f"who brought {run.paper} is not here any more: these are its figures, without a card and claims")
+            if (every or card is None) and run.measurements:
                 console.print()
                 console.print(rendered(*every_figure(run.measurements), console.width), highlight=False)
             for path in run.artefacts.values():
@@ -137,6 +140,7 @@ def compare(
     from paperworks.lab.compare import side_by_side
     from paperworks.lab.recipe import find
     from paperworks.lab.report import rendered
+    from paperworks.lab.verdicts import TINY
 
     words = [*papers, *context.args]
     first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
@@ -158,6 +162,8 @@ def compare(
     (headings, rows), figure = side_by_side(runs)
     console = terminal()
     console.print(rendered(headings, rows, console.width), highlight=False)
+    if scale == "tiny":
+        print(f"\n{TINY.capitalize()}.")
     if figure:
         print(f"figure: {figure}")
     return max(0 if run.status == "finished" else 1 for run in runs)
@@ -190,6 +196,7 @@ def results(
     from paperworks.lab.records import interval
     from paperworks.lab.report import markdown as as_markdown
     from paperworks.lab.store import Store
+    from paperworks.lab.verdicts import TINY
 
     with Store(store) as opened:
         if what is not None and what[:8].isdigit() and "-" in what:
@@ -212,17 +219,25 @@ def results(
         report(runs, False, every=True)
         return
     if markdown:
-        newest = next((run for run in runs if run.status == "finished"), None)
+        finished = [run for run in runs if run.status == "finished"]
+        newest = next((run for run in finished if run.scale != "tiny"), next(iter(finished), None))
         if newest is None:
             raise UsageError("no run has finished yet, so there is nothing to print as Markdown")
         print(as_markdown(newest, get(newest.paper)))
+        if newest.scale == "tiny":
+            print(f"{TINY.capitalize()}.")
         return
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("run", "paper", "scale", "status", "ratios"):
         table.add_column(heading, no_wrap=heading == "run", overflow="fold")
     for run in runs:
         ratios = "\n".join(f"{m.series or ''} {m.name} {interval(m)}" for m in run.measurements if m.against)
-        table.add_row(
-            run.id, run.paper, run.scale, run.status if not run.error else f"{run.status}: {run.error}", ratios
-        )
+        state = run.status if not run.error else f"{run.status}: {run.error}"
+        # What a tiny run gives is no figure to take away.
+        style = "dim" if run.scale == "tiny" else None
+        if run.scale == "tiny" and ratios:
+            ratios = f"no figures, only a trial:\n{ratios}"
+        table.add_row(run.id, run.paper, run.scale, state, ratios, style=style)
     terminal().print(table)
+    if any(run.scale == "tiny" for run in runs):
+        print(f"{TINY.capitalize()}.")

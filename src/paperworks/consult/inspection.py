@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,12 @@ def _transformers(model: str) -> nn.Module:
 def batches(data: str, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
     """A data set's inputs as the hub has them, in float32, and labels, batch by batch.
 
-    Images are (batch, 1, height, width) with values from 0 to 1.
+    Images are (batch, 1, height, width) with values from 0 to 1. Labels are indices of classes; a target that is no class
+    stays the number it is, for a VAE is shown such rows too.
+
+    Args:
+        data: A name or path, as `paperworks.hub.load_dataset` takes it.
+        batch_size: Samples of a batch.
 
     Raises:
         UsageError: The data is neither a table nor images.
@@ -174,6 +180,8 @@ def batches(data: str, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
     if isinstance(found, ImageData):
         X, y = torch.tensor(found.images)[:, None].float() / 255, torch.tensor(found.labels)
     elif isinstance(found, TableData):
+        with suppress(UsageError):
+            found = found.labelled()
         X, y = torch.tensor(found.X).float(), torch.tensor(found.y)
     else:
         raise UsageError(f"{data} is neither a table nor images: a network is shown inputs with labels")

@@ -59,8 +59,9 @@ def write(
         prompt: What the user says.
         model: Name of the model.
         method: "plain", or a drafter of `paperworks.recipes.decoding.drafting.DRAFTERS` in any case. It is trained on text that the
-            model writes itself, as its recipe does by default, and kept.
-        drafter: Folder of a saved drafter to use instead.
+            model writes itself, as its recipe does by default, and kept; its tree is the one of most tokens a second on
+            this machine, where that is fixed, or none where no drafting pays.
+        drafter: Folder of a saved drafter to use instead, such as `paperworks.consult.training.train` leaves.
         chat: Put the prompt into the model's chat template, where it has one.
         max_new_tokens: New tokens at most.
         temperature: 0 for greedy text; if None, as the model's generation config has it.
@@ -84,6 +85,7 @@ def write(
     from paperworks.decoding import Drafter, Target
     from paperworks.decoding.engine import check_lengths, generate_as_asked
     from paperworks.decoding.options import refuse
+    from paperworks.nn import pack_linears
     from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, encode, load_target
 
     target, tokenizer = load_target(model, dtype=cpu_friendly_dtype())
@@ -93,8 +95,10 @@ def write(
         check_lengths(Target(target), [ids[0]], max_new_tokens)
         options = _options(target.generation_config, temperature, top_k, top_p)
         refuse(target._prepare_generation_config(None, **options)[0])
-        chosen = (
-            Drafter.from_pretrained(drafter, target) if drafter else _drafter(method, target, tokenizer, model, display)
+        chosen: Any = (
+            pack_linears(Drafter.from_pretrained(drafter, target))
+            if drafter
+            else _drafter(method, target, tokenizer, model, display)
         )
         if display is not None:
             display.close()
@@ -147,16 +151,13 @@ def _options(config: Any, temperature: float | None, top_k: int | None, top_p: f
 
 def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Display | None) -> Any:
     """The drafter called `method`, trained as its recipe trains it; None for plain decoding."""
-    from paperworks.recipes.decoding.drafting import DRAFTERS, Drafting, trained
+    from paperworks.recipes.decoding.drafting import Drafting, drafter_named, trained
 
     if method.lower() == "plain":
         return None
-    name = next((name for name in DRAFTERS if name.lower() == method.lower()), None)
-    if name is None:
-        raise UsageError(f"there is no method {method!r}, only plain, {', '.join(name.lower() for name in DRAFTERS)}")
     # The recipes' own parameters make the same key, so that what `paperworks run` trained is used again.
     work = Drafting()
     return trained(
-        Run("hydra", display=display), name, target, tokenizer, model=model, tokens=work.train_tokens,
-        epochs=work.epochs, vocabulary=work.draft_vocabulary, nodes=work.nodes, seed=0,
+        Run("hydra", display=display), drafter_named(method), target, tokenizer, model=model, tokens=work.train_tokens,
+        epochs=work.epochs, vocabulary=work.draft_vocabulary, nodes=None, seed=0,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from paperworks.decoding.attribute_classifier import AttributeClassifier
 from paperworks.decoding.cache import SlotCache, TreeCache
 from paperworks.decoding.chimera import Chimera
 from paperworks.decoding.conditional_beam_search import ConditionalBeamSearch, Hypotheses, Mode, exact_mode
+from paperworks.decoding.costs import PassCosts, pass_costs
 from paperworks.decoding.drafter import Committed, Drafter
 from paperworks.decoding.dynamic_inference import Completion, DynamicInference
 from paperworks.decoding.engine import Generation, Statistics, as_custom_generate, generate, stream
@@ -75,6 +76,7 @@ __all__ = [
     "Mode",
     "NGramModel",
     "NextBlockPrediction",
+    "PassCosts",
     "RecursiveSpeculation",
     "RelaxedAcceptance",
     "RequestHandle",
@@ -97,6 +99,7 @@ __all__ = [
     "fit_tree",
     "generate",
     "nearest_codes",
+    "pass_costs",
     "rank_accuracy",
     "self_written",
     "stream",

@@ -257,6 +257,8 @@ class Chimera(Drafter):
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
     ) -> TokenTree:
         """Fill the tree level by level: e, then g of each node that has children, then the best ranks of its head."""
+        if not self.tree.levels:
+            return TokenTree.chain(root[:, None])
         lengths = torch.tensor(committed.lengths, device=root.device)[:, None]
         both = torch.arange(2, device=root.device)
         state.last = torch.cat([state.last, committed.tokens], dim=1).gather(1, lengths + both)

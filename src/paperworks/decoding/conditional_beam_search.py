@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
-from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import as_prompts, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.options import asked_of_generate, withheld_arguments
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
@@ -141,7 +141,7 @@ class ConditionalBeamSearch:
             ValueError: empty prompt, max_new_tokens below 1, a prompt longer than the context, NaN logits, no candidate
                 but end tokens, or a classifier whose results are not log-probabilities of the shape expected.
         """
-        input_ids = input_ids[None] if input_ids.ndim == 1 else input_ids
+        input_ids = as_prompts(input_ids)
         target, beams = Target(self.model), self.num_beams
         prompts = split_prompts(input_ids, attention_mask)
         check_lengths(target, prompts, max_new_tokens)
@@ -313,7 +313,7 @@ def exact_mode(
         >>> len(mode.tokens), mode.tokens[-1]
         (3, 0)
     """
-    prompts = split_prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, None)
+    prompts = split_prompts(as_prompts(input_ids), None)
     target = Target(model)
     check_lengths(target, prompts, max_new_tokens)
     ends = torch.tensor(sorted(end_tokens(model, eos_token_id)), dtype=torch.long, device=target.device)

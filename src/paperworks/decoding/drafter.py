@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from paperworks.decoding.identity import difference, fits, identity
 from paperworks.decoding.sampling import Sampling
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -42,8 +45,14 @@ class Drafter(nn.Module, ABC):
 
     A drafter holds weights only. What it remembers of one generation is the state made by `start`, so that one drafter
     can serve many generations at once.
+
+    Attributes:
+        made_for: The `identity` of the model that it was made for or trained against, by which `generate` and
+            `from_pretrained` refuse another. Set it to None to draft for any model of the same width: what is written
+            stays exact, and less of what is drafted is accepted.
     """
 
+    made_for: dict[str, Any] | None = None
     classes: ClassVar[dict[str, type[Drafter]]] = {}
     lossless: ClassVar[bool] = True
 
@@ -74,7 +83,37 @@ class Drafter(nn.Module, ABC):
                 f"a draft vocabulary holds at least one token id, all within 0..{target.vocab_size - 1} of this model's head, "
                 f"got {len(vocabulary)} up to {int(vocabulary.max()) if len(vocabulary) else None}"
             )
-        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype)
+        return cls(target, vocabulary=vocabulary, **options).to(target.device, target.dtype).belongs_to(model)
+
+    def belongs_to(self, model: nn.Module) -> Self:
+        """Note that the drafter is made for `model`, as making and training one do; returns it."""
+        self.made_for = identity(model)
+        self.check_model(model)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not what a drafter is for.
+
+        Raises:
+            TypeError: always; transformers calls what it is given as `custom_generate`.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} drafts and does not write: give transformers custom_generate=as_custom_generate(drafter), or call "
+            "paperworks.decoding.generate(model, input_ids, drafter=drafter)"
+        )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError if the drafter was made for another model than `model`.
+
+        A model that it was made, loaded or used for is not looked at again: it may be trained on meanwhile.
+        """
+        if self.made_for is not None and (reason := fits(self.made_for, model)):
+            name = type(self).__name__
+            raise ValueError(
+                f"this {name} was made for another model: {reason}; make and train one by {name}.from_target(model), or, "
+                "where the widths are the same, set drafter.made_for = None to draft with it all the same"
+            )
 
     def check_texts(self, lengths: list[int], new: int) -> None:
         """Raise ValueError if the drafter cannot read texts of such lengths that get so many new tokens."""
@@ -121,25 +160,83 @@ class Drafter(nn.Module, ABC):
         save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
         )
-        (folder / "config.json").write_text(json.dumps({"class": type(self).__name__, **self.config}, indent=2) + "\n")
+        config = {"class": type(self).__name__, "made_for": self.made_for, **self.config}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save to a repository of the Hugging Face Hub, which is made if need be; returns its address.
+
+        `from_pretrained` reads it again from a folder: that of `huggingface_hub.snapshot_download(repo_id)`.
+
+        Args:
+            repo_id: "user/name".
+            private: Of a repository that is made: whether others see it; as the user's settings have it if None.
+            token: Of the user; that of `hf auth login` by default.
+            commit_message: Of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        name, made_for = type(self).__name__, self.made_for or {}
+        api = HfApi(token=token)
+        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        told = (
+            f"---\nlibrary_name: paperworks\ntags: [speculative-decoding]\n---\n\n# {name} for a "
+            f"{made_for.get('kind', 'model')}\n\nDraft weights, to be loaded for the model that they were made for:\n\n"
+            "```python\nfrom huggingface_hub import snapshot_download\nfrom paperworks.decoding import Drafter, generate\n\n"
+            f'drafter = Drafter.from_pretrained(snapshot_download("{repo_id}"), model)\n'
+            "generate(model, input_ids, drafter=drafter)\n```\n"
+        )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(told, encoding="utf-8")
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or f"Add a {name}")
+        return address
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: nn.Module) -> Self:
+    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> Self:
         """The drafter saved in `folder`, for the target `model`, ready to draft; device and dtype follow the model.
 
+        A model with the same weights in a type of fewer bits, or in one of more to which they were brought, is the same
+        model. Drafters that do not say what they were made for are loaded with a warning.
+
         Raises:
+            TypeError: there is no model.
             ValueError: the folder holds no drafter of this class, or one for another model.
         """
         folder = Path(folder)
+        if model is None:
+            raise TypeError(
+                f"a drafter is loaded for the model that it drafts for: {cls.__name__}.from_pretrained({str(folder)!r}, model)"
+            )
         try:
             config = json.loads((folder / "config.json").read_text())
-            name = config.pop("class")
+            name, made_for = config.pop("class"), config.pop("made_for", None)
             weights = load_file(folder / "model.safetensors")
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{folder} holds no saved drafter (config.json and model.safetensors): {error}") from error
         if not issubclass(Drafter.classes.get(name, object), cls):
             raise ValueError(f"{folder} holds a {name}, not a {cls.__name__}")
+        if made_for is None:
+            warnings.warn(
+                f"{folder} does not say which model its {name} was made for, so that nobody can tell whether it is this one: "
+                "if little of what it drafts is accepted, train it anew",
+                stacklevel=2,
+            )
+        elif reason := difference(made_for, model):
+            raise ValueError(
+                f"the {name} in {folder} was made for another model: {reason}; train one for this model, or take made_for out "
+                "of its config.json to load it all the same"
+            )
         drafter = Drafter.classes[name].from_target(model, **config)
+        drafter.made_for = made_for
+        drafter.check_model(model)
         try:
             drafter.load_state_dict(weights)
         except RuntimeError as error:

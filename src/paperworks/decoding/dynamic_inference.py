@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from paperworks.decoding.engine import Generation, Statistics, check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import Generation, Statistics, as_prompts, check_lengths, end_tokens, split_prompts
+from paperworks.decoding.identity import difference, identity
 from paperworks.decoding.layer_exit import Action, ExitCache, Policy, layer_outputs, layers_of, read_token
+from paperworks.decoding.progress import Progress
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
-from paperworks.decoding.training import Progress
 
 
 def choose(probabilities: Tensor, exit_threshold: float, stop_threshold: float) -> Tensor:
@@ -255,7 +256,7 @@ class DynamicInference(nn.Module):
         Raises:
             ValueError: several prompts, an empty one, or one longer than the context; NaN logits.
         """
-        prompts = split_prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, None)
+        prompts = split_prompts(as_prompts(input_ids), None)
         if len(prompts) > 1:
             raise ValueError(
                 f"got {len(prompts)} prompts, but each token leaves the model at a layer of its own: complete them one by one"
@@ -485,22 +486,31 @@ class DynamicInference(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"class": type(self).__name__, **self.options}, indent=2) + "\n")
+        config = {"class": type(self).__name__, "made_for": identity(self.model), **self.options}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: nn.Module) -> Self:
+    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> Self:
         """Heads and controller saved in `folder`, for `model`; device and dtype follow the model.
 
         Raises:
+            TypeError: there is no model.
             ValueError: the folder holds none, or those of another model.
         """
         folder = Path(folder)
+        if model is None:
+            raise TypeError(
+                f"heads are loaded for the model that they belong to: {cls.__name__}.from_pretrained({str(folder)!r}, model)"
+            )
         try:
             config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+            made_for = config.pop("made_for", None)
             if config.pop("class") != cls.__name__:
                 raise ValueError("another class was saved there")
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{folder} holds no saved {cls.__name__}: {error}") from error
+        if made_for is not None and (reason := difference(made_for, model)):
+            raise ValueError(f"what {folder} holds was made for another model: {reason}")
         dynamic = cls(model, vocabulary=weights.get("vocabulary"), **config)
         try:
             dynamic.load_state_dict(weights)

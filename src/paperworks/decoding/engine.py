@@ -116,10 +116,11 @@ def generate(
         A `Generation`.
 
     Raises:
-        TypeError: not a causal language model, or a processor or criterion that is no function.
-        ValueError: empty prompt, max_new_tokens below 1, a prompt longer than the context, logits that are NaN or
-            infinite, a model without a usable attention interface, a sampling value out of range, or a processor that
-            remembers earlier calls.
+        TypeError: not a causal language model, prompts that are no tensor, a drafter that is none, or a processor or
+            criterion that is no function.
+        ValueError: a drafter that was made for another model, an empty prompt, max_new_tokens below 1, a prompt longer than
+            the context, logits that are NaN or infinite, a model without a usable attention interface, a sampling value out
+            of range, or a processor that remembers earlier calls.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,7 +133,7 @@ def generate(
         >>> result.sequences.shape, result.statistics.target_calls
         (torch.Size([1, 8]), 4)
     """
-    input_ids = input_ids[None] if input_ids.ndim == 1 else input_ids
+    input_ids = as_prompts(input_ids)
     if streamer is not None and len(input_ids) > 1:
         raise ValueError(f"a streamer prints one prompt, got {len(input_ids)}: generate them one by one")
     statistics = Statistics()
@@ -196,7 +197,7 @@ def stream(
     """
     return _steps(
         model,
-        input_ids,
+        as_prompts(input_ids),
         attention_mask=attention_mask,
         drafter=drafter,
         acceptance=acceptance,
@@ -237,6 +238,9 @@ def _steps(
     prompts = split_prompts(input_ids, attention_mask)
     check_lengths(target, prompts, max_new_tokens)
     if drafter is not None:
+        if not isinstance(drafter, Drafter):
+            raise TypeError(f"drafter must be one such as Hydra.from_target(model), got {type(drafter).__name__}")
+        drafter.check_model(model)
         drafter.check_texts([len(prompt) for prompt in prompts], max_new_tokens)
     accept = acceptance or (Greedy() if sampling.greedy else Exact())
     clock = _Clock(target.device if profile else None)
@@ -395,6 +399,20 @@ def generate_as_asked(
     )
     # transformers has given the prompt to the streamer.
     return _gather(steps, input_ids, statistics, asked.pad, asked.streamer), record
+
+
+def as_prompts(input_ids: Any) -> Tensor:
+    """Prompts as a tensor with a row for each; one prompt may be given without a batch.
+
+    Raises:
+        TypeError: no tensor, such as all that a tokenizer returns.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor of token ids, got {type(input_ids).__name__}: give "
+            "tokenizer(text, return_tensors='pt').input_ids, and its attention_mask where prompts are padded"
+        )
+    return input_ids[None] if input_ids.ndim == 1 else input_ids
 
 
 def split_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
-from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import as_prompts, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.options import as_criteria
 from paperworks.decoding.sampling import Sampling, check_logits, draw
 from paperworks.decoding.target import Target
@@ -277,7 +277,7 @@ class EntropyAdaptiveDecoding:
             ValueError: several prompts, an empty one, or one longer than a model's context; NaN logits; a sampling value
                 out of range.
         """
-        prompts = split_prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, None)
+        prompts = split_prompts(as_prompts(input_ids), None)
         if len(prompts) > 1:
             raise ValueError(f"got {len(prompts)} prompts, but each text has its own turns: continue them one by one")
         readers = {"small": _Reader(self.small, self.vocabulary), "large": _Reader(self.large, self.vocabulary)}

@@ -82,7 +82,7 @@ class FSPAD(Drafter):
         fs_gate: `silu` or `sigmoid`.
         fs_residual: Add the feature itself to the sampled one.
         partial_alignment: Give the fed-on feature a projection of its own.
-        nodes: Drafted tokens a step; 60 for a 7B target, 50 from 13B on.
+        nodes: Drafted tokens a step; 60 for a 7B target, 50 from 13B on. With 0 nothing is drafted.
         depth: Levels of the tree, each costing one pass of the draft layer.
         top_k: Nodes expanded at each level, and children tried for each.
         vocabulary: Draft only these tokens (ids), or None for all. Fewer are much cheaper to score, and verification
@@ -132,9 +132,14 @@ class FSPAD(Drafter):
         noise: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, value in (("layers", layers), ("nodes", nodes), ("depth", depth), ("top_k", top_k)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (
+            ("layers", layers, 1),
+            ("nodes", nodes, 0),
+            ("depth", depth, 1),
+            ("top_k", top_k, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if fs_gate not in FeatureSampling.gates:
             raise ValueError(f"fs_gate must be one of {', '.join(FeatureSampling.gates)}, got {fs_gate!r}")
         if fs_expand <= 0:
@@ -200,6 +205,8 @@ class FSPAD(Drafter):
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
     ) -> TokenTree:
         """Catch up with the target's features, then grow the tree level by level and keep its best nodes."""
+        if not self.nodes:
+            return TokenTree.chain(root[:, None])
         target, scorer, cache = state
         # Each feature goes with the token after it; behind a row's last one comes the root.
         ends = torch.tensor(committed.lengths, device=root.device).clamp(min=1)[:, None] - 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from paperworks.decoding.cache import TreeCache, _TreeLayer
-from paperworks.decoding.engine import Generation, Statistics, check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import Generation, Statistics, as_prompts, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.sampling import Sampling, check_logits, draw
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -218,7 +218,7 @@ class HiddenStateOptimization:
     ) -> tuple[Target, _StateCache, Tensor, Tensor]:
         """An empty cache; the texts padded on the right, with room for `new` tokens; and their lengths, (batch,)."""
         target = Target(self.model)
-        texts = split_prompts(input_ids[None] if input_ids.ndim == 1 else input_ids, attention_mask)
+        texts = split_prompts(as_prompts(input_ids), attention_mask)
         if new is not None:
             check_lengths(target, texts, new)
         else:

@@ -198,6 +198,8 @@ class Hydra(Drafter):
         self, state: State, committed: Committed, root: Tensor, generator: torch.Generator | None = None
     ) -> TokenTree:
         """Fill the tree level by level, each head reading the tokens on the path to each node that has children."""
+        if not self.tree.levels:
+            return TokenTree.chain(root[:, None])
         if self.prefix is not None:
             assert state.cache is not None
             mixed = self.prefix.append(committed.hidden, committed.lengths, state.cache)

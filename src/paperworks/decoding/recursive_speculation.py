@@ -270,7 +270,7 @@ class RecursiveSpeculation(Drafter):
             vocabulary = torch.arange(vocabulary)
         if vocabulary is not None:
             vocabulary = vocabulary.to(target.device)
-        return cls(target, draft=source, tree=sampler, vocabulary=vocabulary)
+        return cls(target, draft=source, tree=sampler, vocabulary=vocabulary).belongs_to(model)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import TreeCache
-from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import as_prompts, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.ngram import NGramModel
 from paperworks.decoding.sampling import check_logits
 from paperworks.decoding.target import Target
@@ -152,7 +152,7 @@ class SuperposedDecoding:
             ValueError: empty prompt, max_new_tokens below 1, a prompt longer than the context, NaN logits, or fewer
                 `top_tokens` than drafts and end tokens.
         """
-        input_ids = input_ids[None] if input_ids.ndim == 1 else input_ids
+        input_ids = as_prompts(input_ids)
         target = Target(self.model)
         prompts = split_prompts(input_ids, attention_mask)
         check_lengths(target, prompts, max_new_tokens)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paperworks.decoding.cache import SlotCache
-from paperworks.decoding.engine import check_lengths, end_tokens, split_prompts
+from paperworks.decoding.engine import as_prompts, check_lengths, end_tokens, split_prompts
 from paperworks.decoding.sampling import Sampling, check_logits, draw
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TokenTree
@@ -321,7 +321,7 @@ class TemporalFusion:
             raise TypeError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
         ids = torch.as_tensor(prompt).clone()
         ids = ids if ids.numel() else ids.long()
-        prompts = split_prompts(ids[None] if ids.ndim == 1 else ids, None)
+        prompts = split_prompts(as_prompts(ids), None)
         if len(prompts) > 1:
             raise ValueError(f"a request is one prompt, got {len(prompts)}: submit them one by one")
         check_lengths(self.target, prompts, max_new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from paperworks.decoding.cache import TreeCache
+from paperworks.decoding.costs import Choice, choose_tree
 from paperworks.decoding.drafter import Drafter
-from paperworks.decoding.engine import generate
+from paperworks.decoding.engine import generate, stream
+from paperworks.decoding.progress import Progress, telling
+from paperworks.decoding.sampling import Sampling
 from paperworks.decoding.target import Target
 from paperworks.decoding.tree import TreeShape
 from paperworks.nn import multiplies_bfloat16
 
-Progress = Callable[[int], Any]
+# Of so many sequences accuracy is measured where a tree is to be chosen, and of the most frequent tokens so many are tried.
+_JUDGED = 64
+_VOCABULARIES = (16_384, 8192, 4096, 2048)
 
 
 class Prediction(NamedTuple):
@@ -120,7 +126,7 @@ def self_written(
     shown: int = 3,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> list[tuple[list[int], list[int]]]:
     """Text that the target writes with no corpus: questions it samples, then its own answers.
 
@@ -143,7 +149,7 @@ def self_written(
         shown: So many of them, drawn at random, stand before each new question.
         batch_size: Questions at once.
         generator: Randomness.
-        progress: Called with the number of new answer tokens.
+        progress: Called with the number of new answer tokens; True tells how far it is on the error stream, False nobody.
 
     Returns:
         (context, answer) pairs of token ids.
@@ -155,35 +161,38 @@ def self_written(
     stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     written: list[tuple[list[int], list[int]]] = []
     total = 0
-    while total < tokens:
-        drawn = torch.rand(batch_size, len(examples), device=model.device, generator=generator).argsort(-1)[:, :shown]
-        ids, mask = _padded([sum((asked_before[i] for i in row), before) for row in drawn.tolist()], model.device)
-        asked = generate(
-            model,
-            ids,
-            attention_mask=mask,
-            max_new_tokens=question_tokens,
-            temperature=question_temperature,
-            top_k=question_top_k,
-            eos_token_id=stop,
-            generator=generator,
-        ).new_tokens
-        contexts = [before + [token for token in question if token not in stop] + after for question in asked]
-        ids, mask = _padded(contexts, model.device)
-        answers = generate(
-            model,
-            ids,
-            attention_mask=mask,
-            max_new_tokens=answer_tokens,
-            temperature=temperature,
-            eos_token_id=stop,
-            generator=generator,
-        ).new_tokens
-        written += zip(contexts, answers, strict=True)
-        new = sum(map(len, answers))
-        total += new
-        if progress is not None:
-            progress(new)
+    with telling(progress, tokens, "the model writes its training text") as tell:
+        while total < tokens:
+            chance = torch.rand(batch_size, len(examples), device=model.device, generator=generator)
+            drawn = chance.argsort(-1)[:, :shown]
+            ids, mask = _padded([sum((asked_before[i] for i in row), before) for row in drawn.tolist()], model.device)
+            asked = generate(
+                model,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=question_tokens,
+                temperature=question_temperature,
+                top_k=question_top_k,
+                eos_token_id=stop,
+                generator=generator,
+            ).new_tokens
+            contexts = [before + [token for token in question if token not in stop] + after for question in asked]
+            ids, mask = _padded(contexts, model.device)
+            answers: list[list[int]] = [[] for _ in contexts]
+            for step in stream(
+                model,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=answer_tokens,
+                sampling=Sampling(temperature),
+                eos_token_id=stop,
+                generator=generator,
+            ):
+                for answer, new in zip(answers, step, strict=True):
+                    answer += new
+                tell(sum(map(len, step)))
+            written += zip(contexts, answers, strict=True)
+            total += sum(map(len, answers))
     return written
 
 
@@ -215,7 +224,7 @@ def collect(
     written: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_size: int = 16,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> DraftingData:
     """Run the target once over (context, answer) pairs and keep its hidden states.
 
@@ -223,7 +232,7 @@ def collect(
         model: The target.
         written: Pairs of token ids; only answers become labels. Any corpus will do: give its texts as answers.
         batch_size: Sequences at once.
-        progress: Called with the number of sequences done.
+        progress: Called with the number of sequences done; True and False as for `self_written`.
     """
     if not any(len(answer) for _, answer in written):
         raise ValueError("there is no answer text to train on: give at least one (context, answer) pair with an answer")
@@ -239,13 +248,13 @@ def collect(
     # Sequences of like length together, so that little padding is computed.
     order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
     batch_size = 1 if target.ordered(length) else batch_size
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        prompts = [torch.tensor(sequences[row]) for row in rows]
-        states = target.prefill(prompts, TreeCache(target.config, len(rows)))[1]
-        hidden[rows, : states.shape[1]] = states.cpu()
-        if progress is not None:
-            progress(len(rows))
+    with telling(progress, len(order), "the model reads its training text") as tell:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            prompts = [torch.tensor(sequences[row]) for row in rows]
+            states = target.prefill(prompts, TreeCache(target.config, len(rows)))[1]
+            hidden[rows, : states.shape[1]] = states.cpu()
+            tell(len(rows))
     return DraftingData(tokens, hidden, mask)
 
 
@@ -339,7 +348,7 @@ def train_drafter(
     weight_decay: float = 0.0,
     final_fraction: float = 0.1,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> list[float]:
     """Train `drafter` in place against the frozen `model`: AdamW, warm-up, then cosine decay.
 
@@ -357,7 +366,7 @@ def train_drafter(
         weight_decay: AdamW's.
         final_fraction: Learning rate at the end, as a fraction of the peak.
         generator: Order of the sequences.
-        progress: Called with 1 after each step.
+        progress: Called with 1 after each step; True and False as for `self_written`.
 
     Returns:
         The loss of each step.
@@ -383,33 +392,36 @@ def train_drafter(
 
     losses: list[float] = []
     batches = _batches(data, batch_size, generator)
+    drafter.belongs_to(model)
     try:
         drafter.float().train()
         optimiser = torch.optim.AdamW(
             drafter.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-        for _ in range(steps):
-            rows = next(batches)
-            labelled = data.mask[rows].any(0).nonzero()
-            longest = int(labelled.max()) + 1 if len(labelled) else 1
-            tokens, hidden, mask = (
-                part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
-            )
-            with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
-                loss = drafter.loss(target, tokens, hidden.float(), mask)
-            if not bool(loss.isfinite()):
-                raise ValueError(f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate")
-            optimiser.zero_grad(set_to_none=True)
-            # Texts shorter than the drafter looks ahead teach nothing.
-            if loss.requires_grad:
-                loss.backward()
-            nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            losses.append(loss.item())
-            if progress is not None:
-                progress(1)
+        with telling(progress, steps, f"training {type(drafter).__name__}") as tell:
+            for _ in range(steps):
+                rows = next(batches)
+                labelled = data.mask[rows].any(0).nonzero()
+                longest = int(labelled.max()) + 1 if len(labelled) else 1
+                tokens, hidden, mask = (
+                    part[rows, :longest].to(target.device) for part in (data.tokens, data.hidden, data.mask)
+                )
+                with torch.autocast(target.device.type, torch.bfloat16, enabled=mixed):
+                    loss = drafter.loss(target, tokens, hidden.float(), mask)
+                if not bool(loss.isfinite()):
+                    raise ValueError(
+                        f"the training loss became {loss.item()} at step {len(losses)}: lower learning_rate"
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                # Texts shorter than the drafter looks ahead teach nothing.
+                if loss.requires_grad:
+                    loss.backward()
+                nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
+                losses.append(loss.item())
+                tell(1)
     finally:
         # The draft model of RecursiveSpeculation may be somebody's own, and training may be interrupted.
         for parameter in drafter.parameters():
@@ -472,14 +484,69 @@ def fit_tree(
     model: nn.Module,
     held_out: DraftingData,
     *,
-    nodes: int,
+    nodes: int | None = None,
+    costs: Callable[[int], float] | None = None,
     ranks: int = 10,
     greedy: bool = True,
+    progress: Progress | bool | None = True,
 ) -> Tensor:
-    """Give `drafter` the tree of `nodes` drafted nodes that should be accepted furthest; returns the rank accuracy.
+    """Give `drafter` the tree that suits it; returns the rank accuracy.
 
-    Fitted to what greedy decoding accepts, or, without `greedy`, to the text as it was sampled.
+    With a number of nodes it is that of so many which should be accepted furthest. Without one it is that of most tokens a
+    second on this machine: what passes of the model and drafts cost is measured (see `pass_costs`; once, in some
+    seconds), and a tree of no nodes, which is plain decoding, is chosen where no drafting pays. A drafter that scores all
+    tokens with the model's own head is then given the most frequent ones alone, where that is faster.
+
+    Args:
+        drafter: One with trees of fixed shape.
+        model: The target, as it will be used: on a CPU after `paperworks.nn.pack_linears(model)`.
+        held_out: From `collect`, best of text that was not trained on. Without `nodes` its last 64 sequences are judged.
+        nodes: Drafted tokens a call.
+        costs: Cost of a pass over n tokens in passes over one, instead of this machine's, such as `PassCosts`.
+        ranks: Children of a node at most.
+        greedy: Fit to what greedy decoding accepts; else to the text as it was sampled.
+        progress: Whether to say on the error stream what was chosen.
+
+    Raises:
+        TypeError: a drafter whose trees have no fixed shape.
+        ValueError: nodes below 1.
     """
-    accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks, greedy=greedy)
-    drafter.tree = TreeShape.best(accuracy, nodes)
+    if not isinstance(getattr(drafter, "tree", None), TreeShape):
+        raise TypeError(
+            f"the trees of a {type(drafter).__name__} have no fixed shape that could be fitted: set its own options, such as "
+            "nodes and depth of FSPAD"
+        )
+    if nodes is not None:
+        accuracy = rank_accuracy(drafter, model, held_out, ranks=ranks, greedy=greedy)
+        drafter.tree = TreeShape.best(accuracy, nodes)
+        return accuracy
+    judged = held_out.split(_JUDGED)[1] if len(held_out) > _JUDGED else held_out
+    tried: list[tuple[Choice, Tensor, Tensor | None]] = []
+    with telling(progress, len(vocabularies := _vocabularies(drafter, judged)), "fitting a tree") as tell:
+        for vocabulary in vocabularies:
+            _draft_only(drafter, model, vocabulary)
+            accuracy = rank_accuracy(drafter, model, judged, ranks=ranks, greedy=greedy)
+            tried.append((choose_tree(drafter, model, accuracy, costs), accuracy, vocabulary))  # type: ignore[arg-type]
+            tell(1)
+    choice, accuracy, vocabulary = max(tried, key=lambda one: one[0].gain)
+    _draft_only(drafter, model, vocabulary)
+    drafter.tree = choice.tree
+    if progress is True:
+        print(f"{type(drafter).__name__}: {choice}", file=sys.stderr)
     return accuracy
+
+
+def _vocabularies(drafter: DraftHeads, data: DraftingData) -> list[Tensor | None]:
+    """Which tokens a drafter may draft: those it has, or where it has all, and nothing of its own to score them, fewer."""
+    known = getattr(drafter, "scored", 0)
+    if drafter.vocabulary is not None or not getattr(drafter, "options", {}).get("tie_lm_head"):
+        return [drafter.vocabulary]
+    return [None, *(data.frequent_tokens(size) for size in _VOCABULARIES if size < known)]
+
+
+def _draft_only(drafter: Any, model: nn.Module, vocabulary: Tensor | None) -> None:
+    """Let a drafter that scores with the model's head draft these tokens alone, or all."""
+    if vocabulary is not drafter.vocabulary:
+        target = Target(model)
+        drafter.vocabulary = None if vocabulary is None else vocabulary.to(target.device)
+        drafter.scored = target.vocab_size if vocabulary is None else len(vocabulary)

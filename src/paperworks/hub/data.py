@@ -100,8 +100,9 @@ def load_dataset(name: str | Path, *, split: str | None = None, path: str | Path
     name with what is known of it: how much it holds, within which bounds, and, where it is read from files, what.
 
     Args:
-        name: one of those that `datasets()` lists; or the user's own: the folder of such a set, a text file
-            (.txt), or a table of numbers (.csv), with names above it or without, whose last column is the target.
+        name: one of those that `datasets()` lists; or the user's own: the folder of such a set; a text file (.txt); a table
+            (.csv, .parquet) whose last column is the target, a number or a word, with names above it or without; NumPy's
+            arrays X and y (.npz), where X has a row or a grey image a sample; or a folder of images, one subfolder a class.
         split: which part, where a set has parts ("train", "valid", "test"); None is the test part.
         path: folder that holds the set's files, or holds the set's folder as `PAPERWORKS_DATA` would.
 
@@ -117,11 +118,14 @@ def load_dataset(name: str | Path, *, split: str | None = None, path: str | Path
     name = str(name)
     if not name.strip():
         raise UsageError("The name of the data set is empty: give one that datasets() lists, or a path.")
-    if path is None and Path(name).suffix.lower() in (".txt", ".csv"):
+    if path is None and Path(name).suffix.lower() in _OWN:
         return _own_file(name, split)
-    if path is None and name not in _SOURCES and Path(name).expanduser().is_dir():
+    if path is None and name not in _SOURCES and (given := Path(name).expanduser()).is_dir():
+        known = _SOURCES.get(given.resolve().name)
+        if (known is None or known.read is None) and any(one.is_dir() for one in given.iterdir()):
+            return _own_folder(given, split)
         # The folder of one set: .../gsm8k.
-        path, name = name, Path(name).resolve().name
+        path, name = name, given.resolve().name
     source = _source(name)
     split = _checked_split(name, source, split)
     files: list[Path] = []
@@ -169,7 +173,8 @@ def prompts(name: str = "built-in", n: int | None = None) -> list[str]:
     """Instructions of users, for trying a language model on.
 
     Args:
-        name: "built-in" (40 that come with the package) or "mt_bench" (the first turn of each of its 80).
+        name: "built-in" (40 that come with the package), "mt_bench" (the first turn of each of its 80), or the user's own
+            text file (.txt), a prompt a line.
         n: how many, from the first on; None is all.
 
     Raises:
@@ -184,8 +189,12 @@ def prompts(name: str = "built-in", n: int | None = None) -> list[str]:
         found = lines.splitlines()
     elif name == "mt_bench":
         found = [conversation.turns[0] for conversation in load_dataset("mt_bench")]
+    elif str(name).lower().endswith(".txt"):
+        own = load_dataset(str(name))
+        assert isinstance(own, TextData)
+        found = list(own.paragraphs)
     else:
-        raise unknown("set of prompts", str(name), ["built-in", "mt_bench"], "your own list of strings")
+        raise unknown("set of prompts", str(name), ["built-in", "mt_bench"], "a .txt file, a prompt a line")
     if n is not None and (type(n) is not int or not 1 <= n <= len(found)):
         raise UsageError(f"n is {n!r}, but {name} has {len(found)} prompts: give n from 1 to {len(found)}.")
     return found[:n]
@@ -210,7 +219,7 @@ def _source(name: str) -> _Source:
     if uci and uci[1] not in hosted.UCI:
         names = [key for key in known if key.startswith("uci:")]
         raise unknown("data set", name, names, f"a file uci/{uci[1]}.txt in the folder PAPERWORKS_DATA")
-    raise unknown("data set", name, known, "a .txt or .csv file")
+    raise unknown("data set", name, known, "a .txt, .csv, .parquet or .npz file, or a folder of images")
 
 
 def _checked_split(name: str, source: _Source, split: str | None) -> str:
@@ -249,15 +258,30 @@ def _one_sentence(what: str, cure: str) -> Iterator[None]:
         raise UsageError(f"{what}: {error!s}; {cure}.") from error
 
 
+_OWN: dict[str, tuple[str, Callable[[str, str, Sequence[Path]], Dataset]]] = {
+    ".txt": ("text", readers.text),
+    ".csv": ("a table of numbers", readers.table),
+    ".parquet": ("a table of numbers", readers.parquet),
+    ".npz": ("arrays of numbers", readers.arrays),
+}
+
+
 def _own_file(name: str, split: str | None) -> Dataset:
     file = Path(name).expanduser()
     if split is not None:
         raise UsageError(f"{name} is one file, without parts: leave out split={split!r}.")
     if not file.is_file():
         raise UsageError(f"There is no file {name!r}: give a text file, a table, or a data set's name.")
-    kind, read = ("text", readers.text) if file.suffix.lower() == ".txt" else ("a table of numbers", readers.table)
+    kind, read = _OWN[file.suffix.lower()]
     with _one_sentence(f"{file} cannot be read as {kind}", "correct the file"):
         return read(file.name, "", [file])
+
+
+def _own_folder(folder: Path, split: str | None) -> Dataset:
+    if split is not None:
+        raise UsageError(f"{folder} is a folder of images, without parts: leave out split={split!r}.")
+    with _one_sentence(f"{folder} cannot be read as images", "correct the folder"):
+        return readers.pictures(folder.resolve().name, "", [folder])
 
 
 def _uci(short: str) -> _Source:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from paperworks.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -124,7 +126,7 @@ class TableData:
         X: float64, n x d, finite.
         y: n targets: float64 for regression, int64 indices into `classes` for classification.
         features: d names, or () where the data has none.
-        classes: names of the classes; () means regression.
+        classes: names of the classes; () means regression, or whole numbers that may be either.
     """
 
     name: str
@@ -133,6 +135,56 @@ class TableData:
     y: NDArray[Any] = field(repr=False)
     features: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+
+    def labelled(self) -> TableData:
+        """The same data with its target as classes, for who tells classes apart.
+
+        Whole numbers from 0 on are the indices of their classes, as a network's outputs are counted, where that leaves no
+        more classes than rows; other whole numbers are numbered in their order.
+
+        Raises:
+            UsageError: the target is no class: not whole, or of more than ten values with fewer than ten rows each.
+
+        Example:
+            >>> import numpy as np
+            >>> table = TableData("own", "", np.zeros((4, 1)), np.array([-1.0, 1.0, 1.0, -1.0]))
+            >>> labelled = table.labelled()
+            >>> labelled.y.tolist(), labelled.classes
+            ([0, 1, 1, 0], ('-1', '1'))
+        """
+        import numpy as np
+
+        if self.classes:
+            return self
+        if (off := np.flatnonzero(self.y != np.round(self.y))).size:
+            raise UsageError(
+                f"the target of {self.name} is no class, but {self.y[off[0]]:g} in row {off[0] + 1}: give classes as whole "
+                "numbers or as words"
+            )
+        values, indices = np.unique(self.y, return_inverse=True)
+        if len(values) > max(10, len(self.y) // 10):
+            raise UsageError(
+                f"the target of {self.name} has {len(values)} different values in {len(self.y)} rows, as a number has "
+                "and no class"
+            )
+        if values[0] >= 0 and values[-1] < len(self.y):
+            return replace(
+                self, y=self.y.astype(np.int64), classes=tuple(str(label) for label in range(int(values[-1]) + 1))
+            )
+        return replace(self, y=indices.astype(np.int64), classes=tuple(f"{value:.0f}" for value in values))
+
+    def measured(self) -> TableData:
+        """The same data, for who predicts a number.
+
+        Raises:
+            UsageError: the target is a class.
+        """
+        if self.classes:
+            raise UsageError(
+                f"the target of {self.name} is one of {len(self.classes)} classes (one is {self.classes[0]}), and a number is "
+                "predicted here: give a table whose last column is one"
+            )
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +202,19 @@ class ImageData:
     images: NDArray[np.uint8] = field(repr=False)
     labels: NDArray[np.int64] = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
+
+    def as_table(self) -> TableData:
+        """A row an image, its pixels within 0 and 1.
+
+        Example:
+            >>> import numpy as np
+            >>> images = ImageData("own", np.array([[[0, 51], [255, 0]]], np.uint8), np.array([0]), ("ink",))
+            >>> images.as_table().X.tolist()
+            [[0.0, 0.2, 1.0, 0.0]]
+        """
+        return TableData(
+            self.name, "", self.images.reshape(len(self.images), -1) / 255, self.labels, classes=self.classes
+        )
 
     def resized(self, size: int) -> ImageData:
         """The same data with images of `size` x `size` pixels, each the mean of the pixels it covers.

@@ -1,4 +1,4 @@
-"""A user's own table of numbers: every line becomes a row, or it is said why not.
+"""A user's own table of numbers, the last of which may be words: every line becomes a row, or it is said why not.
 
 What `DataFrame.to_csv`, `numpy.savetxt` and spreadsheets write is read as it is meant where that is certain. Where it is
 not (a first line that may be names or numbers, a gap, a decimal comma), the table is refused with what to change.
@@ -28,8 +28,10 @@ class _Line(NamedTuple):
     cells: list[str]  # without space around them
 
 
-def read_table(text: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+def read_table(text: str) -> tuple[NDArray[np.float64], tuple[str, ...], tuple[str, ...]]:
     r"""The numbers in a text, apart by semicolon, comma or space, and the names in its first line, if any.
+
+    The last column may hold words instead, each in several rows: they are classes, of which the numbers are indices.
 
     A first column that has no name, beside others that have, and holds different whole numbers is the index that
     `DataFrame.to_csv` writes: it is left out with a warning. True and False are 1 and 0.
@@ -38,15 +40,18 @@ def read_table(text: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:
         text: what the file holds.
 
     Returns:
-        float64, rows x columns, finite; and as many names, or () where the first line holds numbers.
+        float64, rows x columns, finite; as many names, or () where the first line holds numbers; and the classes in the
+        last column, () where it holds numbers.
 
     Raises:
         ValueError: the text is no such table, or can be read in two ways.
 
     Example:
-        >>> cells, names = read_table("a;b\n1;2.5\n3;4\n")
-        >>> cells.tolist(), names
-        ([[1.0, 2.5], [3.0, 4.0]], ('a', 'b'))
+        >>> cells, names, classes = read_table("a;b\n1;2.5\n3;4\n")
+        >>> cells.tolist(), names, classes
+        ([[1.0, 2.5], [3.0, 4.0]], ('a', 'b'), ())
+        >>> read_table("length,kind\n1,cat\n3,dog\n2,cat\n")[2]
+        ('cat', 'dog')
     """
     import numpy as np
 
@@ -73,9 +78,24 @@ def read_table(text: str) -> tuple[NDArray[np.float64], tuple[str, ...]]:
         names, columns = names[1:], columns[1:]
     _check_names(names)
     labels = names or tuple(map(str, range(1, width + 1)))
+    classes = classes_of(columns[-1]) if len(columns) > 1 else ()
+    if classes:
+        columns[-1] = tuple(str(classes.index(cell)) for cell in columns[-1])
     table = np.array([_numbers(label, column, lines) for label, column in zip(labels, columns, strict=True)]).T
     _check_counts(table, names)
-    return np.ascontiguousarray(table), names
+    return np.ascontiguousarray(table), names, classes
+
+
+def classes_of(column: Sequence[str]) -> tuple[str, ...]:
+    """The different words in a column, in order; () where it holds other things, or every word but once.
+
+    Example:
+        >>> classes_of(["setosa", "virginica", "setosa"]), classes_of(["setosa", "2"]), classes_of(["red", "blue"])
+        (('setosa', 'virginica'), (), ())
+    """
+    words = all(cell[:1].isalpha() and not _is_number(cell) and cell.lower() not in _GAPS for cell in column)
+    found = tuple(sorted(set(column)))
+    return found if words and len(found) < len(column) else ()
 
 
 def _lines(text: str) -> list[_Line]:
@@ -103,6 +123,14 @@ def _holds_names(lines: Sequence[_Line]) -> bool:
     """
     number, first = lines[0]
     numbers = [cell for cell in first if _is_number(cell)]
+    # A word that stands again below it is a class, and no name.
+    if (
+        len(numbers) == len(first) - 1
+        and not _is_number(first[-1])
+        and classes_of([cells[-1] for _, cells in lines])
+        and any(cells[-1] == first[-1] for _, cells in lines[1:])
+    ):
+        return False
     words = [cell for cell in first if not _is_number(cell) and cell.lower() not in _GAPS]
     # The columns of a frame that has no names count from 0, and its index has no name either.
     if words or (not first[0] and len(numbers) == len(first) - 1):

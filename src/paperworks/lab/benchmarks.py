@@ -9,6 +9,7 @@ from typing import Any
 
 from paperworks.errors import UsageError
 from paperworks.lab.records import (
+    command,
     device,
     forget_records,
     interval,
@@ -18,7 +19,7 @@ from paperworks.lab.records import (
 )
 from paperworks.lab.report import claims, markdown_rows, table, told
 from paperworks.lab.run import Measurement, Run
-from paperworks.lab.verdicts import headline, in_words, tally, verdicts
+from paperworks.lab.verdicts import TINY, headline, in_words, tally, verdicts
 from paperworks.papers import ROOMS, Paper, load_cards
 
 _MARKS = ("<!-- benchmarks:start -->", "<!-- benchmarks:end -->")
@@ -99,9 +100,21 @@ def paper_page(paper: Paper, records: list[dict[str, Any]]) -> str:
         lines += [f"**Short of the claims.** {paper.shortfall}", ""]
     for record in records:
         measured = record["measurements"]
-        lines += [f"## Measured on {told(record)}", "", *markdown_rows(*table(paper.slug, measured)), ""]
+        lines += [f"## Measured on {told(record)}", ""]
+        if record["scale"] == "tiny":
+            lines += [f"{TINY.capitalize()}.", ""]
+        lines += [*markdown_rows(*table(paper.slug, measured)), ""]
         parameters = ", ".join(f"{name} {value}" for name, value in record["parameters"].items())
-        lines += [f"Parameters: {parameters}.", "", "### Every figure", "", *markdown_rows(*every_figure(measured)), ""]
+        lines += [
+            f"Made by `{command(record)}`.",
+            "",
+            f"Parameters: {parameters}.",
+            "",
+            "### Every figure",
+            "",
+            *markdown_rows(*every_figure(measured)),
+            "",
+        ]
     return "\n".join(lines)
 
 

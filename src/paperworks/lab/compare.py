@@ -9,6 +9,11 @@ from paperworks.lab.report import Grid, grid
 from paperworks.lab.run import Measurement, Run
 
 
+def _row(run: Run, measurement: Measurement) -> str:
+    name = f"{run.paper} (tiny)" if run.scale == "tiny" else run.paper
+    return f"{name}: {measurement.series or ''}".rstrip(": ")
+
+
 def side_by_side(runs: list[Run]) -> tuple[Grid, Path | None]:
     """What all runs measured in one grid, rows named after their paper, and a figure of their ratios.
 
@@ -19,13 +24,9 @@ def side_by_side(runs: list[Run]) -> tuple[Grid, Path | None]:
         runs: Runs of different papers, made on the same work.
 
     Returns:
-        Headings and rows, and the figure's path where a ratio was measured.
+        Headings and rows, and the figure's path where a ratio was measured. Rows and bars of scale tiny bear that name.
     """
-    measured = [
-        Measurement(**{**m.__dict__, "series": f"{run.paper}: {m.series or ''}".rstrip(": ")})
-        for run in runs
-        for m in run.measurements
-    ]
+    measured = [Measurement(**{**m.__dict__, "series": _row(run, m)}) for run in runs for m in run.measurements]
     common = set.intersection(*({(m.name, m.against) for m in run.measurements} for run in runs))
     named = {column for run in runs if (found := recipes().get(run.paper)) for column in found.columns}
     shared = [m for m in measured if (m.name, m.against) in common]

@@ -164,10 +164,10 @@ class _Lines:
             for piece in self._pieces.values():
                 if now - piece.told >= _EVERY:
                     piece.told = now
-                    passed = f"{_far(piece.bar)} after {_span(now - piece.begun)}"
+                    passed = f"{_far(piece.bar)} after {span(now - piece.begun)}"
                     self._print(piece.bar.description, passed + _left(piece, now))
             if self._name and not self._pieces and now - self._told >= _EVERY:
-                self._print(f"at work for {_span(now - self._begun)}")
+                self._print(f"at work for {span(now - self._begun)}")
 
     def close(self) -> None:
         if self._over.is_set():
@@ -179,7 +179,7 @@ class _Lines:
             for key in list(self._pieces):
                 self._end(key, now)
             if self._name:
-                self._print(f"ended after {_span(now - self._begun)}")
+                self._print(f"ended after {span(now - self._begun)}")
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK):
@@ -188,7 +188,7 @@ class _Lines:
     def _end(self, key: int, now: float) -> None:
         piece = self._pieces.pop(key)
         self._ended.add(key)
-        self._print(piece.bar.description, f"ended, {_far(piece.bar)} after {_span(now - piece.begun)}")
+        self._print(piece.bar.description, f"ended, {_far(piece.bar)} after {span(now - piece.begun)}")
 
     def _print(self, *words: str) -> None:
         self._told = time.monotonic()
@@ -205,14 +205,14 @@ def _left(piece: _Piece, now: float) -> str:
     done = piece.bar.done - piece.first
     if piece.bar.total is None or done <= 0:
         return ""
-    return f", about {_span((now - piece.begun) * (piece.bar.total - piece.bar.done) / done)} left"
+    return f", about {span((now - piece.begun) * (piece.bar.total - piece.bar.done) / done)} left"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A time as people say it.
 
     Example:
-        >>> _span(42.3), _span(199.7), _span(3725)
+        >>> span(42.3), span(199.7), span(3725)
         ('42 s', '3 min 20 s', '1 h 2 min')
     """
     whole = round(seconds)

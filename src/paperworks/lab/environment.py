@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 import paperworks
+from paperworks import processor
 
 _PACKAGES = (
     "accelerate",
@@ -38,8 +39,9 @@ def environment() -> dict[str, Any]:
 
     Returns:
         `paperworks` and `python` (versions), `packages` (name to version of those installed), `os`, `host`,
-        `cpu`, `cores` (that this process may use), `threads` (PyTorch's where it is loaded), `gpu` (None
-        without one or before PyTorch is loaded), `memory_gib`, `commit` and `dirty` (None outside a git
+        `cpu`, `instructions` (the largest set that products of matrices may use, such as "AMX" or "AVX2", empty
+        where it is not known), `cores` (that this process may use), `threads` (PyTorch's where it is loaded), `gpu`
+        (None without one or before PyTorch is loaded), `memory_gib`, `commit` and `dirty` (None outside a git
         checkout).
 
     Example:
@@ -53,7 +55,8 @@ def environment() -> dict[str, Any]:
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "os": platform.platform(),
         "host": platform.node(),
-        "cpu": _cpu(),
+        "cpu": processor.name(),
+        "instructions": processor.instructions(),
         "cores": _cores(),
         "threads": _threads(),
         "gpu": _gpu(),
@@ -67,16 +70,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

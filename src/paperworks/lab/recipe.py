@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import math
 import os
 import pkgutil
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -16,10 +18,11 @@ from enum import Enum
 from functools import cache, partial
 from importlib.metadata import entry_points
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from paperworks.errors import UsageError
-from paperworks.papers import load_cards
+from paperworks.papers import GROUP, INCLUDE, PluginWarning, load_cards, sources
 
 if TYPE_CHECKING:
     from paperworks.lab.run import Run
@@ -466,21 +469,22 @@ def _argument_helps(doc: str) -> dict[str, str]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """All recipes by the slug of their paper: those shipped here and those of installed plugins.
+    """All recipes by the slug of their paper: those shipped here, those of installed plugins, and those of included folders.
 
     A package adds its own through the entry point group `paperworks.recipes`, each entry naming a recipe or a
-    module that defines some. One that cannot be imported is left out with a `RuntimeWarning`.
+    module that defines some, with their cards beside that module. A folder that `PAPERWORKS_INCLUDE` names holds cards,
+    and for each a module of its name. What cannot be imported, or has no card, is left out with a `PluginWarning`.
 
     Example:
         >>> all(slug == recipe.paper for slug, recipe in recipes().items())
         True
     """
-    _discover()
+    _discover(os.environ.get(INCLUDE, ""))
     return dict(sorted(_registry.items()))
 
 
 @cache
-def _discover() -> None:
+def _discover(included: str) -> None:
     package = importlib.import_module("paperworks.recipes")
     found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None)
     papers = load_cards()
@@ -488,15 +492,48 @@ def _discover() -> None:
         # A recipe's module is named for its paper; what recipes share lies beside them, and may be heavy to import.
         if module.name.rpartition(".")[2].replace("_", "-") in papers:
             _load(f"the recipe in {module.name}", partial(importlib.import_module, module.name))
-    for entry in entry_points(group="paperworks.recipes"):
-        _load(f"the recipe plugin {entry.name} ({entry.value})", entry.load)
+    for source in (one for one in sources() if one.included):
+        for card in papers.values():
+            path = source.folder / f"{card.slug.replace('-', '_')}.py"
+            if card.origin == source.name and path.is_file():
+                _load(f"the recipe {path.name} of {source.name}", partial(_import_file, path, source.module))
+    for entry in entry_points(group=GROUP):
+        before = set(_registry)
+        what = f"the recipe plugin {entry.name} ({entry.value})"
+        _load(what, entry.load)
+        for slug in set(_registry) - before - set(papers):
+            del _registry[slug]
+            warnings.warn(
+                f"{what} is left out: its paper {slug!r} has no card, or one that cannot be taken; {slug}.toml beside the "
+                "module, in its package, is one",
+                PluginWarning,
+                stacklevel=2,
+            )
+
+
+def _import_file(path: Path, package: str) -> None:
+    # What lies beside it may be imported when it runs.
+    folder = str(path.parent.parent if package else path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    if package:
+        importlib.import_module(f"{package}.{path.stem}")
+        return
+    # By a name of its own, as a file random.py is not to stand in for Python's.
+    name = f"paperworks_included_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
 
 
 def _load(what: str, load: Callable[[], object]) -> None:
     try:
         load()
     except Exception as error:
-        warnings.warn(f"{what} could not be loaded: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        told = " ".join(str(error).split())
+        warnings.warn(f"{what} could not be loaded: {type(error).__name__}: {told}", PluginWarning, stacklevel=2)
 
 
 def find(paper: str) -> Recipe:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -13,7 +15,7 @@ from typing import Any
 from paperworks.errors import UsageError
 from paperworks.lab.recipe import recipes
 from paperworks.lab.run import Measurement, Run
-from paperworks.papers import Paper
+from paperworks.papers import Paper, PluginWarning, Source, load_cards, source_of
 
 SCHEMA = 1
 
@@ -67,21 +69,43 @@ def device(record: Mapping[str, Any]) -> str:
 def load_records(folder: Path | None = None) -> dict[str, dict[str, Any]]:
     """The committed record of each paper that has one; that of a CPU where there is one for a GPU too.
 
+    A plugin's records lie beside its card, `<slug>.json` and `<slug>.cuda.json`.
+
     Raises:
         UsageError: A file is not a record of this version.
     """
-    return {slug: records[-1] for slug, records in _read(folder or records_folder()).items()}
+    return {slug: records[-1] for slug, records in _kept(folder).items()}
 
 
 def records_of(slug: str, folder: Path | None = None) -> list[dict[str, Any]]:
     """All committed records of a paper, one a device, a GPU's first."""
-    return _read(folder or records_folder()).get(slug, [])
+    return _kept(folder).get(slug, [])
+
+
+def _kept(folder: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """Those of a folder; by default this repository's, and those that lie beside the cards of plugins."""
+    if folder is not None:
+        return _read(folder)
+    kept = dict(_read(records_folder()))
+    for paper in load_cards().values():
+        if paper.origin and (source := source_of(paper)) is not None:
+            kept |= _brought(source, paper.slug)
+    return kept
 
 
 @cache
-def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _brought(source: Source, slug: str) -> dict[str, list[dict[str, Any]]]:
+    try:
+        return _read(source.folder, f"{slug}.*json")
+    except UsageError as error:
+        warnings.warn(f"a record of {source.name} is left out: {error}", PluginWarning, stacklevel=2)
+        return {}
+
+
+@cache
+def _read(folder: Path, pattern: str = "*.json") -> dict[str, list[dict[str, Any]]]:
     records: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob(pattern)):
         slug, _, on = path.stem.partition(".")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -99,6 +123,7 @@ def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def forget_records() -> None:
     """Read the committed records anew the next time."""
     load_records.cache_clear()
+    _brought.cache_clear()
     _read.cache_clear()
 
 
@@ -115,18 +140,45 @@ def write_json(run: Run, path: Path) -> None:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """One line about where a run took place.
+    """One line about where a run took place; records made before it was told have no instruction set.
 
     Example:
-        >>> machine({"cpu": "Chip", "cores": 2, "threads": 1})
-        'Chip, 2 cores, 1 thread'
+        >>> machine({"cpu": "Chip", "instructions": "AVX2", "cores": 2, "threads": 1})
+        'Chip, AVX2, 2 cores, 1 thread'
     """
     counted = [
         f"{count} {noun}{'' if count == 1 else 's'}"
         for noun in ("core", "thread")
         if (count := environment.get(f"{noun}s"))
     ]
-    return ", ".join(filter(None, [environment.get("gpu") or environment.get("cpu"), *counted]))
+    on_cpu = None if environment.get("gpu") else environment.get("instructions")
+    return ", ".join(filter(None, [environment.get("gpu") or environment.get("cpu"), on_cpu, *counted]))
+
+
+def command(record: Mapping[str, Any]) -> str:
+    """What is typed to make a record again: its recipe's command with every option that differs from the scale's own.
+
+    Example:
+        >>> command({"paper": "hydra", "scale": "default", "seed": 3, "parameters": {"nodes": 11, "prefix_layer": True}})
+        'paperworks run hydra --seed 3 --nodes 11 --prefix-layer'
+    """
+    recipe = recipes().get(record["paper"])
+    words = ["paperworks", "run", record["paper"]]
+    if record["scale"] != "default":
+        words += ["--scale", record["scale"]]
+    if record["seed"]:
+        words += ["--seed", str(record["seed"])]
+    usual = recipe.plain(scale=record["scale"]) if recipe and record["scale"] in recipe.scales else {}
+    for name, value in record["parameters"].items():
+        # A record may be older than its recipe, and have an option that is no more.
+        if (recipe and name not in recipe.parameters) or (name in usual and usual[name] == value):
+            continue
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)
 
 
 def figure(value: float | str) -> str:

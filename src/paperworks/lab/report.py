@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from paperworks.lab.recipe import MOST_COLUMNS, recipes
-from paperworks.lab.records import as_record, interval, machine
+from paperworks.lab.records import as_record, command, interval, machine
 from paperworks.lab.run import Measurement, Run
 from paperworks.lab.verdicts import Verdict, in_words, verdicts
 from paperworks.papers import Paper
@@ -109,7 +109,7 @@ def print_results(console: Console, paper: Paper, record: Mapping[str, Any]) -> 
     """The recipe's table of a record, where it was measured, and the claims with the verdicts that this record gives."""
     console.print()
     console.print(rendered(*table(paper.slug, record["measurements"]), console.width), highlight=False, markup=False)
-    console.print(f"\n{told(record)}\n", highlight=False, markup=False)
+    console.print(f"\n{told(record)}\n{command(record)}\n", highlight=False, markup=False, soft_wrap=True)
     if record["scale"] == "tiny":
         console.print("Seconds long, scale tiny shows that it works; it says nothing of the claims.", highlight=False)
     else:
@@ -163,4 +163,4 @@ def markdown(run: Run, paper: Paper) -> str:
     lines = [f"### {' and '.join(paper.names)}", "", *markdown_rows(*table(run.paper, run.measurements))]
     if found:
         lines += ["", *markdown_rows(*claims(found))]
-    return "\n".join([*lines, "", f"- {told(record)}", ""])
+    return "\n".join([*lines, "", f"- {told(record)}", f"- `{command(record)}`", ""])

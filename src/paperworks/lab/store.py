@@ -38,7 +38,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from paperworks.errors import UsageError
 from paperworks.lab.run import Artefact, Bar, Bars, Entry, Environment, Log, Measurement, Run, Status
 
-SCHEMA = "0005"
+SCHEMA = "0006"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _HEARTBEAT_LOST = 60.0
 # Seconds that SQLite waits for other writers, and that a run waits for a store that is busy or away, rather than lose what
@@ -280,13 +280,16 @@ class Store:
                     raise
             time.sleep(pause)
 
-    def runs(self, paper: str | None = None, status: Status | None = None, limit: int | None = None) -> list[Run]:
+    def runs(
+        self, paper: str | None = None, status: Status | None = None, limit: int | None = None, *, tiny: bool = True
+    ) -> list[Run]:
         """The runs kept, newest first.
 
         Args:
             paper: Slug of the paper they are of.
             status: How they are: running, finished, failed or interrupted.
             limit: The most to return.
+            tiny: Whether runs of scale tiny are among them, which show only that a recipe works.
         """
         self._mark_interrupted()
         query = select(RunRow).order_by(RunRow.started.desc(), RunRow.id.desc()).limit(limit)
@@ -294,6 +297,8 @@ class Store:
             query = query.where(RunRow.paper == paper)
         if status is not None:
             query = query.where(RunRow.status == status)
+        if not tiny:
+            query = query.where(RunRow.scale != "tiny")
         with self.reading() as session:
             return [self._run(row) for row in session.scalars(query)]
 
@@ -311,8 +316,8 @@ class Store:
             return self._run(row)
 
     def latest(self, paper: str) -> Run | None:
-        """The newest finished run of a paper, or None."""
-        return next(iter(self.runs(paper, "finished", limit=1)), None)
+        """The newest finished run of a paper whose figures say something, or None: one of scale tiny does not count."""
+        return next(iter(self.runs(paper, "finished", limit=1, tiny=False)), None)
 
     def _run(self, row: RunRow) -> Run:
         run = Run(

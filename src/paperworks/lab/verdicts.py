@@ -13,6 +13,7 @@ from paperworks.papers import Claim, Evidence, Paper, load_cards
 
 Kind = Literal["reproduced", "direction", "unclear", "contradicted", "proved", "not shown here"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+TINY = "scale tiny shows that it works; it says nothing of the claims"
 _HOLD = ("reproduced", "proved")
 
 
@@ -89,15 +90,15 @@ def verdicts(paper: Paper, records: Sequence[Mapping[str, Any]] | None = None) -
     """
     taken = records_of(paper.slug) if records is None else records
     telling = [record for record in taken if record.get("scale") != "tiny"]
-    return [_verdict(claim, telling) for claim in paper.claims]
+    return [_verdict(claim, telling, paper.origin or "this repository") for claim in paper.claims]
 
 
-def _verdict(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Verdict:
+def _verdict(claim: Claim, records: Sequence[Mapping[str, Any]], tested_by: str) -> Verdict:
     evidence = claim.shown_by
     if evidence is None:
         return Verdict(claim, "not shown here", claim.needs)
     if evidence.test:
-        return Verdict(claim, "proved", "a test of this repository shows it")
+        return Verdict(claim, "proved", f"a test of {tested_by} shows it")
     found = [(m, device(record)) for record in records if (m := find(evidence, record["measurements"]))]
     if not found:
         return Verdict(claim, "not shown here", "no record holds this measurement")

@@ -19,7 +19,7 @@ from paperworks.errors import UsageError
 from paperworks.lab.store import Store
 from paperworks.page.mail import Mail, Outbox, address, letter
 from paperworks.page.places import BusyError
-from paperworks.page.tables import GuessRow, LoginLinkRow, SessionRow, UserRow
+from paperworks.page.tables import GuessRow, LoginLinkRow, MailRow, SessionRow, SubscriptionRow, UserRow
 from paperworks.page.tokens import hashed, new_token
 
 Kind = Literal["login", "register", "reset"]
@@ -29,9 +29,10 @@ LINK_SECONDS = 3600
 LINKS = 3
 # At an account's password, and how long until one more.
 GUESSES, GUESS_SECONDS = 10, 600.0
-_SHORTEST, _LONGEST = 8, 1024
+PASSWORD_LENGTHS = range(8, 1025)
 _LOGIN: tuple[Kind, ...] = ("login",)
 _PASSWORD: tuple[Kind, ...] = ("register", "reset")
+_NOT_YOURS = "this is not the password that you have; check it, or ask for a link to your mailbox that replaces it"
 _WRONG = "this address and password do not go together; check both, or log in by a link to your mailbox"
 _SPENT = "this link was used already, has been replaced by a newer one or is more than an hour old; ask for a new one"
 
@@ -58,10 +59,14 @@ class Link:
     Attributes:
         kind: What it does: "login" logs in, "register" makes an account with a password, "reset" replaces a password.
         email: The address that it was mailed to.
+        next: Where it leads on to, a path as it was asked for.
+        vote: Key of the paper that it votes for; empty for none.
     """
 
     kind: Kind
     email: str
+    next: str = "/"
+    vote: str = ""
 
 
 class Accounts:
@@ -123,23 +128,33 @@ class Accounts:
             session.flush()
             return _new_session(session, row.id)
 
-    def request_password(self, email: str) -> None:
+    def request_password(self, email: str, *, next: str = "/", vote: str = "") -> None:
         """Mail a link behind which a password is chosen: it makes an account, or replaces the password of one.
 
         Nothing tells which of both; three such links an hour are mailed to an address, and the last stays good.
 
+        Args:
+            email: The address.
+            next: Where it leads on to.
+            vote: Key of the paper that is voted for then; its page tells so.
+
         Raises:
             UsageError: The address is none.
         """
-        self._mail_link(address(email), _PASSWORD)
+        self._mail_link(address(email), _PASSWORD, next, vote)
 
-    def request_link(self, email: str) -> None:
+    def request_link(self, email: str, *, next: str = "/", vote: str = "") -> None:
         """Mail a link that logs in, three an hour to an address; who has no account gets one by opening it.
 
+        Args:
+            email: The address.
+            next: Where it leads on to.
+            vote: Key of the paper that is voted for then; its page tells so.
+
         Raises:
             UsageError: The address is none.
         """
-        self._mail_link(address(email), _LOGIN)
+        self._mail_link(address(email), _LOGIN, next, vote)
 
     def link(self, token: str, *kinds: Kind) -> Link:
         """What a mailed link is for, which leaves it as it is: programs that look through mail open links.
@@ -241,19 +256,51 @@ class Accounts:
             UsageError: The old password is wrong, or the new one is none that can be used.
             BusyError: Too many old ones were tried.
         """
-        key = hashed(f"change {user.id}")
         _check(new)
+        key, known = self._shown(user, old)
+        secret = _secret(new)
+        with self._store.writing(alone=True) as session:
+            _end_sessions(session, _replace(session, user.id, known, secret, _NOT_YOURS))
+            _forgive(session, key)
+            return _new_session(session, user.id)
+
+    def end_sessions(self, user: User) -> None:
+        """Log out every browser of an account."""
+        with self._store.writing() as session:
+            session.execute(delete(SessionRow).where(SessionRow.user_id == user.id))
+
+    def delete(self, user: User, password: str) -> None:
+        """Delete an account for who knows its password, with its votes, its reading list and its sessions.
+
+        Its runs stay, and nobody's name with them. Where the address was confirmed, its subscriptions and the mails that
+        were put for it go too.
+
+        Raises:
+            UsageError: The password is wrong, or the account has none.
+            BusyError: Too many were tried.
+        """
+        _, known = self._shown(user, password)
+        with self._store.writing(alone=True) as session:
+            row = session.get(UserRow, user.id)
+            if row is None or row.password != known:
+                raise UsageError(_NOT_YOURS)
+            if row.confirmed is not None:
+                session.execute(delete(SubscriptionRow).where(SubscriptionRow.email == row.email))
+                session.execute(delete(MailRow).where(MailRow.recipient == row.email, MailRow.status != "sending"))
+            # They stay as long as they would, so that mails can be counted, and are good for nothing.
+            session.execute(update(LoginLinkRow).where(LoginLinkRow.email == row.email).values(replaced=True))
+            # What hangs on it goes or forgets it by the database's own rules.
+            session.execute(delete(UserRow).where(UserRow.id == row.id))
+
+    def _shown(self, user: User, password: str) -> tuple[str, str]:
+        """The key under which a guess at one's own password was counted, and the hash that it fits."""
+        key = hashed(f"change {user.id}")
         self._guess(key, "ask for a link to your mailbox that replaces it")
         with self._store.reading() as session:
             known = session.scalar(select(UserRow.password).where(UserRow.id == user.id))
-        wrong = "this is not the password that you have; check it, or ask for a link to your mailbox that replaces it"
-        if known is None or not _fits(old, known):
-            raise UsageError(wrong)
-        secret = _secret(new)
-        with self._store.writing(alone=True) as session:
-            _end_sessions(session, _replace(session, user.id, known, secret, wrong))
-            _forgive(session, key)
-            return _new_session(session, user.id)
+        if known is None or not _fits(password, known):
+            raise UsageError(_NOT_YOURS)
+        return key, known
 
     def has_password(self, user: User) -> bool:
         """Whether an account has a password, or is logged in to by links only."""
@@ -293,7 +340,7 @@ class Accounts:
                 raise BusyError(told, retry_after=seconds)
             row.remaining -= 1
 
-    def _mail_link(self, email: str, kinds: tuple[Kind, ...]) -> None:
+    def _mail_link(self, email: str, kinds: tuple[Kind, ...], next: str, vote: str) -> None:
         now, token = time.time(), new_token()
         same = (LoginLinkRow.email == email, LoginLinkRow.kind.in_(kinds))
         with self._store.writing(alone=True) as session:
@@ -307,9 +354,10 @@ class Accounts:
             session.execute(update(LoginLinkRow).where(*same).values(replaced=True))
             session.add(
                 LoginLinkRow(
-                    token_hash=hashed(token), email=email, kind=kind, replaced=False, expires=now + LINK_SECONDS
+                    token_hash=hashed(token), email=email, kind=kind, replaced=False, expires=now + LINK_SECONDS,
+                    next=next, vote=vote,
                 )
-            )
+            )  # fmt: skip
             self._outbox.put(email, self._letter(kind, token), useful_for=LINK_SECONDS, session=session)
 
     def _letter(self, kind: Kind, token: str) -> Mail:
@@ -348,8 +396,9 @@ def _nobody() -> str:
 
 
 def _check(password: str) -> None:
-    if not _SHORTEST <= len(password) <= _LONGEST:
-        raise UsageError(f"a password has {_SHORTEST} to {_LONGEST} characters, not {len(password)}")
+    if len(password) not in PASSWORD_LENGTHS:
+        shortest, longest = PASSWORD_LENGTHS[0], PASSWORD_LENGTHS[-1]
+        raise UsageError(f"a password has {shortest} to {longest} characters, not {len(password)}")
 
 
 def _secret(password: str) -> str:
@@ -359,7 +408,7 @@ def _secret(password: str) -> str:
 
 
 def _fits(password: str, known: str) -> bool:
-    if len(password) > _LONGEST:
+    if len(password) > PASSWORD_LENGTHS[-1]:
         return False
     try:
         return _hasher().verify(known, _normal(password))
@@ -384,7 +433,7 @@ def _good(session: Session, token: str, kinds: tuple[Kind, ...]) -> Link:
     row = session.get(LoginLinkRow, hashed(token))
     if row is None or row.replaced or row.expires <= time.time() or row.kind not in kinds:
         raise UsageError(_SPENT)
-    return Link(row.kind, row.email)  # type: ignore[arg-type]
+    return Link(row.kind, row.email, row.next, row.vote)  # type: ignore[arg-type]
 
 
 def _used(session: Session, token: str, kinds: tuple[Kind, ...]) -> Link:

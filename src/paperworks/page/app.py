@@ -45,7 +45,7 @@ from paperworks.page.concealing import without_paths
 from paperworks.page.index import Index
 from paperworks.page.mail import keep_sending
 from paperworks.page.places import BusyError
-from paperworks.page.rendering import STATIC, respond, wants_json
+from paperworks.page.rendering import STATIC, address_of_page, page_before, respond, wants_json
 from paperworks.page.routes import accounts, claims, community, papers, runs
 from paperworks.page.runs import Runner
 from paperworks.page.safety import (
@@ -61,14 +61,14 @@ from paperworks.page.safety import (
 )
 from paperworks.page.submissions import Submissions
 from paperworks.page.subscriptions import Subscriptions
-from paperworks.papers import ROOMS
+from paperworks.papers import rooms
 
 # Of requests that change something, for each address and minute.
 RATES = {"/": 60} | dict.fromkeys(
     ("/login", "/register", "/forgotten", "/password", "/account", "/subscribe", "/submit"), 10
 )
 # Lists, which hold no forms.
-SHARED = ("/", "/new", "/search", "/feed.atom", "/claims", "/rooms", *(f"/rooms/{room}" for room in ROOMS))
+SHARED = ("/", "/new", "/search", "/feed.atom", "/claims", "/rooms", *(f"/rooms/{room}" for room in rooms()))
 _SETTINGS = "PAPERWORKS_PAGE"
 _log = logging.getLogger(__name__)
 
@@ -138,11 +138,13 @@ def create_app(
     state.store, state.index, state.runner = store, index, runner
     state.accounts, state.subscriptions = Accounts(store, base_url), Subscriptions(store, base_url)
     state.base_url, state.allow_runs, state.meaning = base_url, allow_runs, False
+    state.local = is_loopback(address.hostname)
     state.crowd = Crowd(few=3, at_once=2, most=400)
     state.submissions = Submissions(index)
     state.secret = secret or os.environ.get("PAPERWORKS_SECRET") or secrets.token_urlsafe(32)
     state.htmx = _htmx()
-    for routes in (claims, papers, community, accounts, runs):
+    # What is not a paper's own page before what takes every address below /papers.
+    for routes in (claims, runs, papers, community, accounts):
         app.include_router(routes.router)
     if state.htmx:
         app.mount("/static/htmx", StaticFiles(directory=state.htmx.parent), name="htmx")
@@ -330,8 +332,10 @@ def _error(request: Request, status: int, reason: str, headers: Any = None) -> R
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
     if error.status_code == 401 and not wants_json(request):
-        path = request.url.path if request.method == "GET" else urlsplit(request.headers.get("referer", "")).path or "/"
-        response: Response = RedirectResponse(f"/login?next={quote(path)}", 303)
+        path = address_of_page(request) if request.method == "GET" else page_before(request, "/")
+        # Who was about to vote is not to look for the button again.
+        vote = f"&vote={quote(request.path_params.get('key', ''))}" if request.url.path.endswith("/vote") else ""
+        response: Response = RedirectResponse(f"/login?next={quote(path)}{vote}", 303)
         if session_token(request):
             drop_session(request, response)
         return response

@@ -12,7 +12,9 @@ from sqlalchemy import func, or_, select, update
 
 from paperworks.lab.store import Store
 from paperworks.page.entries import Entry, entries_of
+from paperworks.page.index import Index
 from paperworks.page.mail import Mail, Outbox, written
+from paperworks.page.reading import list_of
 from paperworks.page.search import words_of
 from paperworks.page.subscriptions import FREQUENCIES, Subscription, of_row
 from paperworks.page.tables import EntryLabelRow, EntryRow, SubscriptionRow
@@ -132,9 +134,14 @@ def new_papers(store: Store, subscription: Subscription, until: float) -> tuple[
 
     New is what was added to the index since the last digest, unless it was published more than a month before that
     and does not run here. For a search they hold every word of it, best first; else those with most votes on Hugging
-    Face come first, then the newest.
+    Face come first, then the newest. For a reading list they are like its papers, and what it holds is not told.
     """
     since = subscription.told_until
+    if subscription.kind == "reading":
+        keys = [entry.key for entry in list_of(store, subscription.email)]
+        like = Index(store).recommended(keys, _SHOWN, added=(since, until))
+        fresh = [entry for entry in like if entry.slug or entry.published.timestamp() > since - _NEWS]
+        return len(fresh), fresh
     news = or_(EntryRow.slug.is_not(None), EntryRow.published > since - _NEWS)
     where: Where = [EntryRow.added > since, EntryRow.added <= until, news]
     if subscription.tag:

@@ -11,12 +11,19 @@ from typing import Any
 from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
+from paperworks.errors import UsageError
 from paperworks.lab import records
 from paperworks.page.tables import EntryRow
 from paperworks.papers import ROOMS, Paper, load_cards
 
 STATUSES = ("planned", "runs", "measured")
 _ARXIV = r"(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})"
+# With its version, as addresses of papers end.
+ARXIV_NUMBER = re.compile(rf"({_ARXIV})(?:v(\d+))?(?:\.pdf)?")
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.|export\.)?(?:arxiv\.org/(?:abs|pdf|html)/|(?:huggingface\.co|hf\.co)/papers/)([^?#]+?)/?(?:[?#].*)?",
+    re.IGNORECASE,
+)
 _KEY = re.compile(rf"{_ARXIV}|card:[a-z0-9]+(?:-[a-z0-9]+)*")
 # Where several sources tell of one version of a paper, the higher has the say.
 _AUTHORITY = {"arxiv": 2, "daily-papers": 1}
@@ -83,6 +90,37 @@ class Entry:
         object.__setattr__(self, "year", self.year or self.published.year)
         if not self.url and not self.key.startswith("card:"):
             object.__setattr__(self, "url", f"https://arxiv.org/abs/{self.key}")
+
+
+def arxiv_number(address: str) -> str:
+    """The arXiv number, without version, in a number or address.
+
+    Raises:
+        UsageError: There is none.
+
+    Example:
+        >>> arxiv_number("https://arxiv.org/pdf/2402.05109v2.pdf"), arxiv_number("arXiv:2402.05109")
+        ('2402.05109', '2402.05109')
+    """
+    number = number_in(address)
+    if number is None:
+        raise UsageError(
+            f"give an arXiv number such as 2402.05109 or the address of its page, not {address.strip()[:100]!r}"
+        )
+    return number
+
+
+def number_in(query: str) -> str | None:
+    """The arXiv number, without version, where a query is nothing but one or the address of its page; else None.
+
+    Example:
+        >>> number_in(" arxiv.org/abs/cs/0309136v1 "), number_in("faster than 2402.05109")
+        ('cs/0309136', None)
+    """
+    text = query.strip()
+    inside = _ADDRESS.fullmatch(text)
+    number = ARXIV_NUMBER.fullmatch(inside[1] if inside else re.sub(r"^arxiv:\s*", "", text, flags=re.IGNORECASE))
+    return None if number is None else number[1]
 
 
 def _clean(text: str) -> str:

@@ -30,6 +30,7 @@ from paperworks.page.entries import (
     Entry,
     entries_of,
     merged,
+    number_in,
     of_card,
     of_row,
     read_entries,
@@ -37,7 +38,7 @@ from paperworks.page.entries import (
     values_of,
 )
 from paperworks.page.meaning import Embedder, SentenceEmbedder, Vectors
-from paperworks.page.search import chosen_embedder, fused, words_of
+from paperworks.page.search import chosen_embedder, fused, like_enough, paper_vectors, words_of
 from paperworks.page.tables import EntryLabelRow, EntryRow, EntryVectorRow
 from paperworks.page.words import Fts5, TsVector, Where, among, count, marked, ranked
 from paperworks.papers import ROOMS, load_cards
@@ -48,9 +49,11 @@ _EMBEDDED_AT_ONCE = 64
 _ENOUGH = 20
 _RANKED = 200
 _NEAR = 50
-# Of the likeness of the likest: the rest are only what is left in a small index.
-_LIKE_ENOUGH = 0.6
 _SNIPPET = 300
+# The cosine between two papers above which one may recommend the other: of the pairs of cards one in twenty is above it, by
+# text alone.
+LIKE_A_PAPER = 0.45
+_OF_A_LIST = 50
 
 
 @dataclass(frozen=True)
@@ -234,14 +237,9 @@ class Index:
         return len(pending)
 
     def _vectors_of_papers(self, entries: Sequence[Entry]) -> NDArray[np.float32]:
-        """Unit vectors, (entries, d): a paper's text, and what one would do in its room, for people ask for that."""
         assert self._embedder is not None
-        vectors = np.array(self._embedder.encode([text_of(entry) for entry in entries]))
-        rooms = sorted({entry.room for entry in entries if entry.room})
-        if rooms:
-            aims = dict(zip(rooms, self._embedder.encode([ROOMS[room] for room in rooms]), strict=True))
-            vectors += np.stack([aims[entry.room] if entry.room else np.zeros_like(vectors[0]) for entry in entries])
-        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        texts = [text_of(entry) for entry in entries]
+        unit: NDArray[np.float32] = paper_vectors(self._embedder.encode, texts, [entry.room for entry in entries])
         return unit
 
     def get(self, key: str) -> Entry | None:
@@ -274,17 +272,47 @@ class Index:
             found = self._find(session, key)
             if found is None:
                 raise UsageError(f"the index holds no paper {key!r}; give a slug or an arXiv number")
-            id, entry = found
-            near: list[int] = []
-            if self._vectors is not None and self._vectors.refresh(session):
-                vector = self._vectors.vector(session, id)
-                near = [] if vector is None else list(self._vectors.nearest(session, vector, limit + 1))
-            if not near and (words := words_of(entry.title)):
-                expression = self._words.expression(words, every=False)
-                near = ranked(session, self._words, expression, (), limit + 1)
-            near = [other for other in near if other != id][:limit]
+            near = self._near(session, *found, limit, ())
             entries = entries_of(session, near)
         return [entries[other] for other in near]
+
+    def recommended(
+        self, keys: Sequence[str], limit: int = 10, *, added: tuple[float, float] | None = None
+    ) -> list[Entry]:
+        """The papers that are like those of a list and not in it, first what is near to many of them.
+
+        The neighbours of each paper, by meaning or by words, are fused by reciprocal rank.
+
+        Args:
+            keys: The papers of the list, as they are known to the index; of a long one the first fifty count.
+            limit: How many to return at most.
+            added: Only what was added to the index after the first and until the second time, seconds since 1970 UTC.
+        """
+        where = [] if added is None else [EntryRow.added > added[0], EntryRow.added <= added[1]]
+        with self._store.reading() as session:
+            listed = dict(read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.key.in_(keys))))
+            ids = {entry.key: id for id, entry in listed.items()}
+            taken = [ids[key] for key in keys if key in ids][:_OF_A_LIST]
+            score = fused(self._near(session, id, listed[id], _NEAR, where, like=LIKE_A_PAPER) for id in taken)
+            best = sorted(score.keys() - listed.keys(), key=lambda id: (-score[id], id))[:limit]
+            entries = entries_of(session, best)
+        return [entries[id] for id in best if id in entries]
+
+    def _near(
+        self, session: Session, id: int, entry: Entry, limit: int, where: Where, *, like: float = -1.0
+    ) -> list[int]:
+        """The papers nearest to a paper in meaning and at least so like it, or in words where it is not embedded."""
+        if self._vectors is not None and self._vectors.refresh(session):
+            vector = self._vectors.vector(session, id)
+            if vector is not None:
+                allowed = session.scalars(select(EntryRow.id).where(*where)).all() if where else None
+                near = self._vectors.nearest(session, vector, limit + 1, allowed)
+                return [other for other, cosine in near.items() if other != id and cosine >= like][:limit]
+        words = words_of(entry.title)
+        if not words:
+            return []
+        expression = self._words.expression(words, every=False)
+        return [other for other in ranked(session, self._words, expression, where, limit + 1) if other != id][:limit]
 
     def search(
         self,
@@ -302,7 +330,8 @@ class Index:
         """Papers for a query, best first: by words and, where there are embeddings, by meaning.
 
         The orders are fused by reciprocal rank. Papers that hold every word are taken, and where they are few those
-        that hold any; to them come the nearest by meaning.
+        that hold any; to them come the nearest by meaning, as far as they are near enough to have to do with it. An
+        arXiv number, or the address of its page, finds its paper alone.
 
         Args:
             query: What is sought, in plain words; without any, the newest papers come.
@@ -326,6 +355,10 @@ class Index:
                 total = session.scalar(select(func.count()).select_from(EntryRow).where(*where)) or 0
                 newest = self._newest(session, where, limit, offset)
                 return Results(total, [_hit(entry) for _, entry in newest])
+            if (number := number_in(query)) is not None:
+                said = read_entries(session, select(*ENTRY_COLUMNS).where(EntryRow.key == number, *where))
+                score = fused([[id for id, _ in said]])
+                return Results(len(said), [_hit(entry, score[id]) for id, entry in said][offset : offset + limit])
             by_meaning: list[int] = []
             vector = None
             if meaning and self._vectors is not None and self._vectors.refresh(session):
@@ -361,8 +394,7 @@ class Index:
         assert self._vectors is not None
         allowed = session.scalars(select(EntryRow.id).where(*where)).all() if where else None
         likeness = self._vectors.nearest(session, vector, _NEAR, allowed)
-        enough = _LIKE_ENOUGH * max(likeness.values(), default=0.0)
-        return [id for id, cosine in likeness.items() if cosine >= enough > 0]
+        return list(likeness)[: like_enough(list(likeness.values()))]
 
     def _vector_of(self, query: str) -> NDArray[np.float32]:
         assert self._embedder is not None

@@ -31,7 +31,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from paperworks import __version__
 from paperworks.errors import PaperworksError, UsageError
 from paperworks.lab.store import Store
-from paperworks.page.entries import Entry
+from paperworks.page.entries import ARXIV_NUMBER, Entry, arxiv_number
 from paperworks.page.index import Index
 from paperworks.page.tables import IngestRow
 from paperworks.papers import load_cards
@@ -55,14 +55,9 @@ _AHEAD = timedelta(days=60)
 _HUB_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
 _NAMED = {"User-Agent": f"paperworks/{__version__}"}
 _IDS_AT_ONCE = 100
-_NUMBER = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v(\d+))?(?:\.pdf)?")
 _DATE = re.compile(rb"<(published|updated)>([^<]*)</\1>")
 _NO_DATE = b"<%b>0001-01-01T00:00:00Z</%b>"
 _FIRST_YEAR = 1980
-_ADDRESS = re.compile(
-    r"(?:https?://)?(?:www\.|export\.)?(?:arxiv\.org/(?:abs|pdf|html)/|(?:huggingface\.co|hf\.co)/papers/)([^?#]+?)/?(?:[?#].*)?",
-    re.IGNORECASE,
-)
 
 
 class SourceError(PaperworksError):
@@ -423,24 +418,6 @@ def _shared_arxiv() -> Arxiv:
     return Arxiv(tries=2, timeout=10)
 
 
-def arxiv_number(address: str) -> str:
-    """The arXiv number, without version, in a number or address.
-
-    Raises:
-        UsageError: There is none.
-
-    Example:
-        >>> arxiv_number("https://arxiv.org/pdf/2402.05109v2.pdf"), arxiv_number("arXiv:2402.05109")
-        ('2402.05109', '2402.05109')
-    """
-    text = address.strip()
-    inside = _ADDRESS.fullmatch(text)
-    number = _NUMBER.fullmatch(inside[1] if inside else re.sub(r"^arxiv:\s*", "", text, flags=re.IGNORECASE))
-    if number is None:
-        raise UsageError(f"give an arXiv number such as 2402.05109 or the address of its page, not {address[:100]!r}")
-    return number[1]
-
-
 def _read_by_day(
     index: Index,
     store: Store,
@@ -634,7 +611,7 @@ def _checked(entry: Entry) -> Entry:
 
 
 def _of_arxiv(result: arxiv.Result) -> Entry:
-    number = _NUMBER.fullmatch(result.get_short_id())
+    number = ARXIV_NUMBER.fullmatch(result.get_short_id())
     if number is None:
         raise ValueError("it has no arXiv number")
     return Entry(

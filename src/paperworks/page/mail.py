@@ -163,6 +163,36 @@ class Outbox:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """A mail that was put in the outbox and not sent.
+
+    Attributes:
+        id: Its number.
+        to: Address it goes to.
+        subject: Its subject.
+        put: When it was put in.
+        text: Its text.
+    """
+
+    id: int
+    to: str
+    subject: str
+    put: datetime
+    text: str
+
+
+def waiting(store: Store) -> list[Waiting]:
+    """The mails that wait and are of use still, oldest first: without a mail server this is where to read them."""
+    useful = or_(MailRow.until.is_(None), MailRow.until > time.time())
+    query = select(MailRow).where(MailRow.status == "waiting", useful).order_by(MailRow.put, MailRow.id)
+    with store.reading() as session:
+        return [
+            Waiting(row.id, row.recipient, row.subject, datetime.fromtimestamp(row.put, UTC), row.text)
+            for row in session.scalars(query)
+        ]
+
+
+@dataclass(frozen=True)
 class Sent:
     """What became of the mails that were due.
 

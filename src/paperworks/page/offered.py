@@ -119,6 +119,15 @@ def checked(recipe: Recipe, parameters: Mapping[str, object], scale: str) -> dic
     return options
 
 
+def why_refused(recipe: Recipe, parameters: Mapping[str, object], scale: str) -> str:
+    """Why the page would not start a run of these parameters at this scale, "" where it would."""
+    try:
+        checked(recipe, parameters, scale)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 def _field(recipe: Recipe, parameter: Parameter) -> Field:
     default = _plain(parameter.default)
     tiny = _plain(recipe.scales.get("tiny", {}).get(parameter.name, parameter.default))

@@ -21,8 +21,10 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from paperworks.lab.records import figure, interval, machine
+from paperworks.lab.records import command, figure, interval, machine
 from paperworks.lab.run import Measurement
+from paperworks.lab.verdicts import TINY
+from paperworks.page.accounts import PASSWORD_LENGTHS
 from paperworks.page.entries import Entry
 from paperworks.page.safety import csrf_token, reader
 from paperworks.papers import ROOMS
@@ -165,6 +167,26 @@ def paper_path(entry: Entry) -> str:
     return f"/papers/{entry.slug or quote(entry.key)}"
 
 
+def vote_id(entry: Entry) -> str:
+    """What the button that votes for a paper is called on its page, so that its reader is led back to it.
+
+    Example:
+        >>> vote_id(Entry(key="2402.05109", title="Hydra", published=datetime(2024, 2, 7, tzinfo=UTC)))
+        'vote-2402-05109'
+    """
+    return "vote-" + re.sub(r"[^\w-]", "-", entry.slug or entry.key)
+
+
+def several(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    Example:
+        >>> several(1, "vote"), several(1200, "paper")
+        ('1 vote', '1,200 papers')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @lru_cache(maxsize=4096, typed=True)
 def with_query(path: str, /, **values: object) -> str:
     """An address with those values that say something; they may have any name.
@@ -180,6 +202,14 @@ def with_query(path: str, /, **values: object) -> str:
 def address_of_page(request: Request) -> str:
     """Path and query of what was asked for, as they were sent: whatever its parameters are called, none is looked at."""
     return f"{quote(request.url.path)}{'?' if request.url.query else ''}{request.url.query}"
+
+
+def page_before(request: Request, otherwise: str) -> str:
+    """Path and query of this site's page from which a form was sent, as its browser tells."""
+    before = urlsplit(request.headers.get("referer", ""))
+    own = before.netloc == request.headers.get("host") and before.path.startswith("/")
+    back = f"{before.path}{'?' if before.query else ''}{before.query}" if own else otherwise
+    return back if not back.startswith("//") else otherwise
 
 
 def outward(url: str | None) -> str:
@@ -202,8 +232,15 @@ _environment = Environment(
     auto_reload=False,
 )
 _environment.filters |= {"text": text, "mathematics": mathematics, "ago": ago, "outward": outward}
-_environment.filters |= {"figure": figure, "interval": interval, "machine": machine, "standing": standing}
+_environment.filters |= {
+    "command": command,
+    "figure": figure,
+    "interval": interval,
+    "machine": machine,
+    "standing": standing,
+}
 _environment.globals |= {"rooms": ROOMS, "paper_path": paper_path, "with_query": with_query, "static": static}
+_environment.globals |= {"several": several, "vote_id": vote_id, "password_lengths": PASSWORD_LENGTHS, "tiny": TINY}
 
 
 def wants_json(request: Request) -> bool:

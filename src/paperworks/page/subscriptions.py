@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
@@ -16,8 +16,9 @@ from paperworks.page.tables import SubscriptionRow
 from paperworks.page.tokens import hashed, new_token
 
 FREQUENCIES = {"daily": 1, "weekly": 7}
+KINDS = ("papers", "reading")
 CONFIRMATION_SECONDS = 7 * 86400
-_LONGEST = 200
+LONGEST = 200
 # Nobody's mailbox can be filled from here: more confirmations are not asked for within a day.
 _OPEN_A_DAY = 5
 
@@ -32,6 +33,7 @@ class Subscription:
         query: What is searched, or None.
         tag: Tag or arXiv category of the papers, or None; without query and tag it is for all papers.
         frequency: daily or weekly.
+        kind: "papers", or "reading" for papers like those of the reading list of the account with this address.
         digested: When the last digest was made, or when it was confirmed; seconds since 1970 UTC.
         told_until: Up to when what was added to the index has been told of; seconds since 1970 UTC.
         farewell: The token that ends it.
@@ -45,6 +47,7 @@ class Subscription:
     digested: float
     told_until: float
     farewell: str = field(repr=False)
+    kind: str = "papers"
 
     @property
     def subject(self) -> str:
@@ -54,6 +57,8 @@ class Subscription:
             >>> Subscription(1, "ada@example.org", "faster llm", None, "daily", 0, 0, "").subject
             'papers for “faster llm”'
         """
+        if self.kind == "reading":
+            return "papers like those of your reading list"
         of_query = f" for “{self.query}”" if self.query else ""
         of_tag = f" tagged {self.tag}" if self.tag else ""
         return f"papers{of_query}{of_tag}" if self.query or self.tag else "all papers"
@@ -79,6 +84,7 @@ class Subscriptions:
         query: str | None = None,
         tag: str | None = None,
         frequency: str = "weekly",
+        kind: str = "papers",
         owned: bool = False,
     ) -> Subscription | None:
         """Mail a link that begins a subscription; the answer is the same whether or not there is one already.
@@ -90,6 +96,7 @@ class Subscriptions:
             query: Papers that a search finds.
             tag: Papers with this tag or arXiv category; without query and tag all papers.
             frequency: daily or weekly.
+            kind: "papers", or "reading" for papers like those of a reading list, which takes no query and no tag.
             owned: Whether who asks has shown already that the address is theirs; then it begins at once, whatever
                 others have asked for.
 
@@ -106,6 +113,10 @@ class Subscriptions:
             raise UsageError(f"the search {query!r} has no word to search for; give one that says what you look for")
         if frequency not in FREQUENCIES:
             raise UsageError(f"there is no frequency {frequency!r}, only {' and '.join(FREQUENCIES)}")
+        if kind not in KINDS or (kind == "reading" and (query or tag)):
+            raise UsageError(
+                f"a digest is of {' or '.join(KINDS)}, and one of a reading list has no search, not {kind!r}"
+            )
         now, token = time.time(), new_token()
         with self._store.writing(alone=True) as session:
             open_ones = SubscriptionRow.confirmed.is_(None)
@@ -113,7 +124,7 @@ class Subscriptions:
                 delete(SubscriptionRow).where(open_ones, SubscriptionRow.asked < now - CONFIRMATION_SECONDS)
             )
             row = SubscriptionRow(
-                email=email, query=query, tag=tag, frequency=frequency, confirmation_hash=hashed(token),
+                email=email, query=query, tag=tag, kind=kind, frequency=frequency, confirmation_hash=hashed(token),
                 farewell=new_token(), asked=now, digested=now, told_until=now,
             )  # fmt: skip
             if owned:
@@ -172,17 +183,28 @@ class Subscriptions:
             if row is None:
                 raise UsageError("this link ends no subscription: it has ended already, or the link is not whole")
             ended = of_row(row)
-            same = (SubscriptionRow.email == row.email, SubscriptionRow.query == row.query)
             # A confirmation that is still open for the same papers would begin it anew.
-            session.execute(delete(SubscriptionRow).where(*same, SubscriptionRow.tag == row.tag))
+            session.execute(delete(SubscriptionRow).where(*_same(row)))
         return ended
+
+    def of(self, email: str) -> list[Subscription]:
+        """The subscriptions of an address that have begun, in the order in which they did."""
+        mine = select(SubscriptionRow).where(SubscriptionRow.email == email, SubscriptionRow.confirmed.is_not(None))
+        with self._store.reading() as session:
+            return [of_row(row) for row in session.scalars(mine.order_by(SubscriptionRow.id))]
 
 
 def of_row(row: SubscriptionRow) -> Subscription:
     """A subscription from its row in the store."""
     return Subscription(
-        row.id, row.email, row.query or None, row.tag or None, row.frequency, row.digested, row.told_until, row.farewell
-    )
+        row.id, row.email, row.query or None, row.tag or None, row.frequency, row.digested, row.told_until, row.farewell,
+        row.kind,
+    )  # fmt: skip
+
+
+def _same(row: SubscriptionRow) -> list[ColumnElement[bool]]:
+    """What is for the same papers at the same address."""
+    return [getattr(SubscriptionRow, name) == getattr(row, name) for name in ("email", "query", "tag", "kind")]
 
 
 def _asked(session: Session, token: str, now: float) -> SubscriptionRow:
@@ -193,8 +215,7 @@ def _asked(session: Session, token: str, now: float) -> SubscriptionRow:
 
 
 def _begun(session: Session, row: SubscriptionRow, now: float) -> SubscriptionRow:
-    same = (SubscriptionRow.email == row.email, SubscriptionRow.query == row.query, SubscriptionRow.tag == row.tag)
-    known = session.scalar(select(SubscriptionRow).where(*same, SubscriptionRow.confirmed.is_not(None)))
+    known = session.scalar(select(SubscriptionRow).where(*_same(row), SubscriptionRow.confirmed.is_not(None)))
     if known is None:
         row.confirmed = row.digested = row.told_until = now
         return row
@@ -208,6 +229,6 @@ def _begun(session: Session, row: SubscriptionRow, now: float) -> SubscriptionRo
 
 def _clean(what: str, text: str | None) -> str:
     kept = " ".join((text or "").split())
-    if len(kept) > _LONGEST or not kept.isprintable():
-        raise UsageError(f"a {what} has at most {_LONGEST} characters, all of them printable; shorten {kept[:40]!r}")
+    if len(kept) > LONGEST or not kept.isprintable():
+        raise UsageError(f"a {what} has at most {LONGEST} characters, all of them printable; shorten {kept[:40]!r}")
     return kept

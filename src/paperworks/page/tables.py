@@ -107,6 +107,7 @@ class SessionRow(Base):
 class LoginLinkRow(Base):
     """A link that was mailed and is good once; `kind` is what it does: login, register or reset.
 
+    It leads on to `next`, a path on this site, and casts a vote for the paper of the key `vote`, where that is not empty.
     One that a newer one has replaced is kept until it expires, so that mails can be counted.
     """
 
@@ -117,6 +118,8 @@ class LoginLinkRow(Base):
     kind: Mapped[str]
     replaced: Mapped[bool]
     expires: Mapped[float] = mapped_column(index=True)
+    next: Mapped[str] = mapped_column(default="/")
+    vote: Mapped[str] = mapped_column(default="")
 
 
 class GuessRow(Base):
@@ -139,8 +142,18 @@ class VoteRow(Base):
     at: Mapped[float] = mapped_column(index=True)
 
 
+class ReadingRow(Base):
+    """A paper on a person's reading list."""
+
+    __tablename__ = "reading"
+
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), primary_key=True)
+    entry_id: Mapped[int] = mapped_column(ForeignKey("entries.id", ondelete="CASCADE"), primary_key=True, index=True)
+    at: Mapped[float]
+
+
 class SubscriptionRow(Base):
-    """A wish for digests; without `query` and `tag` it is for all papers.
+    """A wish for digests: of all papers, of those of a `query` and `tag`, or of those like a reading list (`kind`).
 
     `farewell` is the token that ends it: every digest carries it, so it is kept as it is. The last digest was made at
     `digested`, and has told of what was added until `told_until`.
@@ -152,6 +165,7 @@ class SubscriptionRow(Base):
     email: Mapped[str] = mapped_column(index=True)
     query: Mapped[str]
     tag: Mapped[str]
+    kind: Mapped[str] = mapped_column(default="papers")
     frequency: Mapped[str]
     confirmation_hash: Mapped[str] = mapped_column(unique=True)
     farewell: Mapped[str] = mapped_column(unique=True)

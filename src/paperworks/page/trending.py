@@ -19,7 +19,7 @@ from paperworks.page.tables import EntryRow, VoteRow
 PERIODS = {"day": 1, "week": 7, "month": 30}
 FORMULA = (
     "The score of a paper is V + log₂(1 + R) + (1 + log₂(1 + U)) · N. V adds up its votes and R its finished runs of "
-    "the last day, week or month; U is its votes on Hugging Face; N is how new it is. A vote, a run and the paper itself "
+    "the last day, week or month, tiny ones left out; U is its votes on Hugging Face; N is how new it is. A vote, a run and the paper itself "
     "count 1 when they are fresh, half as much after each half of the period, 2^(−2 · age / period), and nothing after it. "
     "Of equals what runs here comes first, then the newer."
 )
@@ -35,7 +35,7 @@ class Trend:
         entry: The paper.
         score: Its score by `FORMULA`.
         votes: How many votes it got in the period.
-        runs: How many of its runs finished in the period.
+        runs: How many of its runs finished in the period; those of scale tiny measure nothing and do not count.
     """
 
     entry: Entry
@@ -65,7 +65,7 @@ def trending(store: Store, period: str = "week", limit: int = 20, offset: int = 
     ran = (
         select(EntryRow.id, RunRow.finished)
         .join(RunRow, RunRow.paper == EntryRow.slug)
-        .where(RunRow.status == "finished", RunRow.finished > now - length)
+        .where(RunRow.status == "finished", RunRow.scale != "tiny", RunRow.finished > now - length)
     )
     # Few papers have a slug, and there is an index of them.
     runs_here = EntryRow.slug.is_not(None) & RUNS_HERE

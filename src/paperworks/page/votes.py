@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import Store
+from paperworks.page.entries import ENTRY_COLUMNS, Entry, read_entries
 from paperworks.page.tables import EntryRow, UserRow, VoteRow
 
 
@@ -70,6 +71,14 @@ def voted(store: Store, user_id: int, keys: Iterable[str]) -> set[str]:
     query = select(EntryRow.key).join(VoteRow, VoteRow.entry_id == EntryRow.id)
     with store.reading() as session:
         return set(session.scalars(query.where(VoteRow.user_id == user_id, EntryRow.key.in_(list(keys)))))
+
+
+def votes_by(store: Store, user_id: int) -> list[Entry]:
+    """The papers that a person has voted for, the last one first."""
+    query = select(*ENTRY_COLUMNS).join(VoteRow, VoteRow.entry_id == EntryRow.id).where(VoteRow.user_id == user_id)
+    with store.reading() as session:
+        found = read_entries(session, query.order_by(VoteRow.at.desc(), EntryRow.id.desc()))
+    return [entry for _, entry in found]
 
 
 def _entry_id(session: Session, key: str) -> int:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from paperworks.lab import execute
-from paperworks.recipes.representation.neural_collapse import LENGTHS, LOSSES, deep, digits, row_error, train
+from paperworks.recipes.representation.neural_collapse import LENGTHS, LOSSES, deep, row_error, train
+from paperworks.recipes.representation.samples import samples
 from paperworks.representation import frame_geometry
 
 
@@ -44,6 +45,7 @@ def test_a_network_ends_at_the_predicted_lengths():
 
 
 def test_digits_are_so_many_of_each_and_repeat_with_the_seed():
+    digits = samples().drawn
     x, y = digits([7, 3, 5], 1)
     assert torch.bincount(y).tolist() == [7, 3, 5] and float(x.min()) == -1 and float(x.max()) == 1
     assert torch.equal(x, digits([7, 3, 5], 1)[0]) and not torch.equal(x, digits([7, 3, 5], 2)[0])

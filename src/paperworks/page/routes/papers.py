@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,32 +10,39 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from pydantic import BeforeValidator, Field
 from sqlalchemy import func, select, text
 
+from paperworks.errors import UsageError
 from paperworks.lab import records
-from paperworks.lab.recipe import recipes
+from paperworks.lab.recipe import Recipe, recipes
 from paperworks.lab.report import table
 from paperworks.lab.run import Measurement
 from paperworks.lab.store import RunRow, Store
 from paperworks.lab.verdicts import Verdict, in_words, verdicts
 from paperworks.lab.verdicts import headline as best_verdict
 from paperworks.page.citing import bibtex
-from paperworks.page.entries import STATUSES, Entry
+from paperworks.page.entries import STATUSES, Entry, number_in
 from paperworks.page.feeds import atom
+from paperworks.page.history import runs_of
 from paperworks.page.index import Index
-from paperworks.page.offered import offered
-from paperworks.page.rendering import outward, paper_path, respond, spans, with_query
+from paperworks.page.offered import offered, why_refused
+from paperworks.page.reading import kept
+from paperworks.page.rendering import outward, paper_path, respond, spans, wants_json, with_query
 from paperworks.page.safety import Reader
 from paperworks.page.trending import FORMULA, trending
 from paperworks.page.votes import voted, votes_of
-from paperworks.papers import ROOMS, Paper, load_cards
+from paperworks.papers import ROOMS, Paper, load_cards, source_of
 
 router = APIRouter(tags=["papers"])
 _PAGE = 20
+# Plugins bring rooms, which are to be among the others below.
+load_cards()
 _RUNS_SHOWN = 8
 _FEED = 50
+# Before the names of a recipe's parameters in the form that starts a run.
+PARAMETER = "parameter."
 
 Period = Literal["day", "week", "month"]
 Number = Annotated[int, Query(ge=1, le=500, description="Which page of the list.")]
@@ -87,7 +95,8 @@ class Leader:
         return self.verdict.measurement if self.verdict else None
 
 
-def _lines(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]) -> list[Line]:
+def lines_of(store: Store, reader: Any, entries: list[Entry], **columns: list[Any]) -> list[Line]:
+    """Papers as a list shows them to a reader, with columns of what else is known of each."""
     keys = [entry.key for entry in entries]
     votes = votes_of(store, keys)
     mine = voted(store, reader.id, keys) if reader else set()
@@ -113,7 +122,7 @@ def front(request: Request, reader: Reader, period: Period = "week", page: Numbe
     store = request.app.state.store
     trends = trending(store, period, _PAGE + 1, (page - 1) * _PAGE)
     shown = trends[:_PAGE]
-    lines = _lines(
+    lines = lines_of(
         store, reader, [trend.entry for trend in shown],
         runs=[trend.runs for trend in shown], score=[trend.score for trend in shown],
     )  # fmt: skip
@@ -128,7 +137,7 @@ def front(request: Request, reader: Reader, period: Period = "week", page: Numbe
 def new(request: Request, reader: Reader, page: Number = 1) -> Response:
     """Papers by date of publication."""
     entries = request.app.state.index.newest(_PAGE + 1, (page - 1) * _PAGE)
-    data = {"page": page, "papers": _lines(request.app.state.store, reader, entries[:_PAGE])}
+    data = {"page": page, "papers": lines_of(request.app.state.store, reader, entries[:_PAGE])}
     return respond(
         request, "new.html", data, more=len(entries) > _PAGE, pages=lambda number: with_query("/new", page=number)
     )
@@ -136,7 +145,7 @@ def new(request: Request, reader: Reader, page: Number = 1) -> Response:
 
 @router.get("/search", summary="Search by words and meaning")
 async def search(request: Request, reader: Reader, filters: Filters, q: Words = "", page: Number = 1) -> Response:
-    """Papers for a query, best first; without one, the newest that fit."""
+    """Papers for a query, best first; without one, the newest that fit. A number at arXiv leads to its paper."""
     async with request.app.state.crowd.turn() as few:
         return await run_in_threadpool(_found, request, reader, filters, q, page, request.app.state.meaning and few)
 
@@ -144,14 +153,18 @@ async def search(request: Request, reader: Reader, filters: Filters, q: Words = 
 def _found(request: Request, reader: Any, filters: dict[str, Any], q: str, page: int, meaning: bool) -> Response:
     index: Index = request.app.state.index
     results = index.search(_said(q), **filters, limit=_PAGE, offset=(page - 1) * _PAGE, meaning=meaning)
-    lines = _lines(
+    number = number_in(_said(q))
+    # Where a script asks for the list, there is no page to go to.
+    if number and results.hits and not (wants_json(request) or "hx-request" in request.headers):
+        return RedirectResponse(paper_path(results.hits[0].entry), 303)
+    lines = lines_of(
         request.app.state.store, reader, [hit.entry for hit in results.hits],
         score=[hit.score for hit in results.hits], title_html=[hit.title_html for hit in results.hits],
         snippet_html=[hit.snippet_html for hit in results.hits],
     )  # fmt: skip
     data = {"query": q, **filters, "total": results.total, "page": page, "papers": lines}
     return respond(
-        request, "search.html", data, statuses=STATUSES, more=page * _PAGE < results.total and bool(results.hits),
+        request, "search.html", data, statuses=STATUSES, number=number, more=page * _PAGE < results.total and bool(results.hits),
         pages=lambda number: with_query("/search", q=q, **filters, page=number),
         feed=with_query("/feed.atom", q=q, **filters), subscribe=with_query("/subscribe", query=q, tag=filters["tag"]),
     )  # fmt: skip
@@ -212,12 +225,14 @@ def room_page(request: Request, room: str) -> Response:
 
 def _leader(store: Store, paper: Paper) -> Leader:
     status = records.status(paper)
-    kept, run_id = records.records_of(paper.slug), None
-    if not kept and status == "runs" and (run := store.latest(paper.slug)) is not None:
-        kept, run_id = [records.as_record(run) | {"measurements": run.measurements}], run.id
-    found = verdicts(paper, kept)
+    measured, run_id = records.records_of(paper.slug), None
+    if not measured and status == "runs" and (run := store.latest(paper.slug)) is not None:
+        measured, run_id = [records.as_record(run) | {"measurements": run.measurements}], run.id
+    found = verdicts(paper, measured)
     best = best_verdict(found)
-    machine = next((records.machine(r["environment"]) for r in kept if best and records.device(r) == best.device), "")
+    machine = next(
+        (records.machine(r["environment"]) for r in measured if best and records.device(r) == best.device), ""
+    )
     return Leader(paper, status, best, in_words(found) if status != "planned" else "", machine, run_id)
 
 
@@ -250,14 +265,44 @@ def citation(request: Request, key: str) -> Response:
 
 
 @router.get("/papers/{key:path}", summary="A paper")
-def paper_page(request: Request, reader: Reader, key: str) -> Response:
+def paper_page(
+    request: Request,
+    reader: Reader,
+    key: str,
+    again: Annotated[str, Query(max_length=64, description="A run whose options fill in the form.")] = "",
+) -> Response:
     """Summary, claims beside measured figures, how to import and run it, its runs, and papers like it."""
-    state = request.app.state
     entry = entry_of(request, key)
+    recipe = recipes().get(entry.slug or "")
+    return show_paper(request, reader, entry, typed=_again(request, recipe, again) if recipe and again else {})
+
+
+def show_paper(
+    request: Request,
+    reader: Any,
+    entry: Entry,
+    *,
+    typed: Mapping[str, str],
+    refused: str = "",
+    wrong: str = "",
+    status: int = 200,
+) -> Response:
+    """A paper's page.
+
+    Args:
+        request: What was asked.
+        reader: Who is logged in, if anybody.
+        entry: The paper.
+        typed: What the form that starts a run is filled in with, by the names of its fields.
+        refused: Why what was sent by it was refused.
+        wrong: The field that was refused: scale, seed or a parameter.
+        status: HTTP status.
+    """
+    state = request.app.state
     card = load_cards().get(entry.slug or "")
     record = records.load_records().get(entry.slug or "")
-    history = _history(state.store, entry.slug) if entry.slug else []
-    [line] = _lines(state.store, reader, [entry])
+    history = runs_of(state.store, paper=entry.slug, limit=_RUNS_SHOWN) if entry.slug else []
+    [line] = lines_of(state.store, reader, [entry])
     recipe = recipes().get(entry.slug or "")
     data = {
         "entry": entry, "paper": card, "votes": line.votes, "record": record, "runs": history,
@@ -270,30 +315,41 @@ def paper_page(request: Request, reader: Reader, key: str) -> Response:
     address = f"{state.base_url}{paper_path(entry)}"
     return respond(
         request, "paper.html", data, json={**data, "verdicts": [verdict.as_json() for verdict in found]}, line=line,
-        recipe=recipe, found=found, sum=told,
+        recipe=recipe, found=found, sum=told, status=status,
         badge=f"[![Paperworks: {told}]({address}/badge.svg)]({address})",
         drawn=list(zip(measurements, spans(measurements), strict=True)),
         table=table(entry.slug or "", measurements) if measurements else ([], []),
         has_figure=bool(entry.slug) and _figure(entry.slug or "") is not None, path=paper_path(entry),
+        kept=bool(reader) and entry.key in kept(state.store, reader.id, [entry.key]),
+        typed=typed, refused=refused, wrong=wrong,
+        opened=any(name.startswith(PARAMETER) and value.strip() for name, value in typed.items()),
     )  # fmt: skip
 
 
-def _history(store: Store, slug: str) -> list[dict[str, Any]]:
-    columns = (RunRow.id, RunRow.status, RunRow.scale, RunRow.started, RunRow.finished)
-    query = select(*columns).where(RunRow.paper == slug).order_by(RunRow.started.desc()).limit(_RUNS_SHOWN)
-    with store.reading() as session:
-        return [
-            {
-                "id": row.id, "status": row.status, "scale": row.scale, "when": datetime.fromtimestamp(row.started, UTC),
-                "seconds": None if row.finished is None else row.finished - row.started,
-            }
-            for row in session.execute(query)
-        ]  # fmt: skip
+def _again(request: Request, recipe: Recipe, run_id: str) -> dict[str, str]:
+    """The form that starts a run as it was filled in for another: what its scale gave, and what the page offers no more, is left out."""
+    try:
+        run = request.app.state.store.run(run_id if run_id.isprintable() else "")
+    except UsageError:
+        return {}
+    if run.paper != recipe.paper or run.scale not in recipe.scales:
+        return {}
+    typed = {"scale": run.scale, "seed": str(run.seed)}
+    usual = recipe.plain({}, run.scale)
+    for name, value in run.parameters.items():
+        if name in usual and value != usual[name] and not why_refused(recipe, {name: value}, run.scale):
+            typed[f"{PARAMETER}{name}"] = str(value)
+    return typed
 
 
 def _figure(slug: str) -> Path | None:
-    path = records.records_folder().parent / "figures" / f"{slug}.png"
-    return path if slug in load_cards() and path.is_file() else None
+    card = load_cards().get(slug)
+    if card is None:
+        return None
+    source = source_of(card)
+    folder = source.folder if source else records.records_folder().parent / "figures"
+    path = folder / f"{slug}.png"
+    return path if path.is_file() else None
 
 
 @router.get("/figures/{slug}.png", summary="Figure of a committed record", response_class=FileResponse)

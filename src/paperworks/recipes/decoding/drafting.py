@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from paperworks import __version__
 from paperworks.errors import UsageError
 from paperworks.lab.cache import cached_folder
+from paperworks.lab.display import span
 from paperworks.lab.recipe import Between, Data, Model
 from paperworks.lab.run import Run
 
@@ -44,8 +48,12 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Answer tokens written, and kept, at once: a hundred a text. A GPU writes hundreds of texts in the time of a few.
 _PART = {"cpu": 12_000, "cuda": 48_000}
-# How often each rank is right, beside a drafter whose tree has a fixed shape.
-_RANKS = "ranks.safetensors"
+# Sequences a step of training, and from how many tokens on it is said how long all will take.
+_BATCH, _LONG = 8, 6000
+# Beside a drafter: how often each rank is right where its tree has a fixed shape, else tokens a call by number of nodes.
+_RANKS, _ACCEPTED = "ranks.safetensors", "accepted.json"
+# The numbers of nodes, on so many held-out texts of so many tokens.
+_SIZES, _TEXTS, _LENGTH = (4, 8, 12, 16), 4, 48
 
 
 @dataclass(frozen=True)
@@ -169,33 +177,55 @@ def _example_questions() -> list[str]:
 
 
 def drafting_data(
-    run: Run, target: Any, tokenizer: Any, *, model: str, tokens: int, seed: int, temperature: float
+    run: Run,
+    target: Any,
+    tokenizer: Any,
+    *,
+    model: str,
+    tokens: int,
+    seed: int,
+    temperature: float,
+    estimate: Callable[[DraftingData, float], object] = lambda part, seconds: None,
 ) -> DraftingData:
     """Text that the target wrote itself, with its hidden states; the same for every drafter.
 
     It is written and kept in parts, so that a run that was stopped goes on where it was, and a longer one begins with
     what a shorter one wrote. Every other part answers what the model asks by itself, which is what it knows best; the rest
     what it asks behind examples, for by itself it asks much the same few things.
+
+    Args:
+        run: Shows progress.
+        target: The model that writes.
+        tokenizer: Its tokenizer.
+        model: The model's name.
+        tokens: Answer tokens.
+        seed: Of the text.
+        temperature: Of the text.
+        estimate: Called once, behind the first part that had to be written or, if none had, the last: with that part, and
+            the seconds that the parts behind it will take if they all have to be written.
     """
     from paperworks.decoding import DraftingData, collect, self_written
 
     size = min(_PART.get(target.device.type, _PART["cpu"]), tokens)
     examples = _example_questions()
-    parts = []
+    parts, count, told = [], -(-tokens // size), False
+    seconds: list[float] = []
     with run.progress(tokens, "the target writes its training text") as bar:
-        for part in range(-(-tokens // size)):
+        for part in range(count):
             index, behind_examples = divmod(part, 2)
             asking = {"examples": examples, "question_temperature": 1.0} if behind_examples else {}
 
             def build(folder: Path, index: int = index, asking: dict[str, Any] = asking) -> None:
                 import torch
 
+                start = perf_counter()
                 generator = torch.Generator(target.device).manual_seed(1000 * seed + index)
                 pairs = self_written(
                     target, tokenizer, tokens=size, temperature=temperature,
                     batch_size=max(1, size // 100), generator=generator, progress=bar.advance, **asking,
                 )  # fmt: skip
-                collect(target, pairs).save(folder / "data.safetensors")
+                collect(target, pairs, progress=False).save(folder / "data.safetensors")
+                seconds.append(perf_counter() - start)
 
             key = {
                 "model": model_identity(model, target), "tokens": size, "part": index, "seed": seed,
@@ -204,7 +234,27 @@ def drafting_data(
             folder = cached_folder("drafting-data", key, build)
             parts.append(DraftingData.load(folder / "data.safetensors"))
             bar.advance(size * (part + 1) - bar.bar.done)
+            if not told and (seconds or part == count - 1):
+                told = True
+                estimate(parts[-1], (count - 1 - part) * sum(seconds))
     return DraftingData.join(parts)
+
+
+def drafter_named(method: str) -> str:
+    """The name in `DRAFTERS` that `method` spells in any case.
+
+    Raises:
+        UsageError: There is none.
+
+    Example:
+        >>> drafter_named("fspad")
+        'FSPAD'
+    """
+    name = next((name for name in DRAFTERS if name.lower() == method.lower()), None)
+    if name is None:
+        known = ", ".join(name.lower() for name in DRAFTERS)
+        raise UsageError(f"there is no method {method!r}: drafters are {known}; and plain drafts nothing")
+    return name
 
 
 def untrained(name: str, target: Any, vocabulary: torch.Tensor | int = 0) -> Drafter:
@@ -232,7 +282,7 @@ def trained(
     tokens: int,
     epochs: float,
     vocabulary: int,
-    nodes: int,
+    nodes: int | None,
     seed: int,
     temperature: float = 0.7,
 ) -> Drafter:
@@ -248,32 +298,47 @@ def trained(
         epochs: Passes over them.
         vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
         nodes: Drafted tokens a call; a tree of fixed shape is fitted to what greedy decoding accepts on held-out text. It
-            may differ from call to call: what was trained is kept for all.
+            may differ from call to call: what was trained is kept for all. If None, so many as give the most tokens a second
+            on this machine, none where no drafting pays.
         seed: Of text, order and weights.
         temperature: Of the text.
     """
     from safetensors.torch import load_file, save_file
 
     from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
+    from paperworks.decoding.costs import choose_nodes, choose_tree
     from paperworks.nn import pack_linears
 
-    if nodes < 1:
+    if nodes is not None and nodes < 1:
         raise UsageError(f"a call drafts at least 1 token, got nodes={nodes}: leave drafting out with plain decoding")
     kind, options = DRAFTERS[name]
+    fresh: list[Path] = []
 
     def build(folder: Path) -> None:
         import torch
 
         # What cannot be is refused before the model writes its text.
         untrained(name, target, vocabulary)
+
+        def estimate(part: DraftingData, writing: float) -> None:
+            if tokens >= _LONG:
+                sequences = len(part) * tokens / min(tokens, _PART.get(target.device.type, _PART["cpu"]))
+                training = (
+                    epochs * sequences / _BATCH * _step_seconds(untrained(name, target, vocabulary), target, part)
+                )
+                run.log(
+                    f"{name}: about {span(writing)} to write its text and {span(training)} to train on it; the text is kept, "
+                    "so that it goes on from there if it is stopped"
+                )
+
         data = drafting_data(
-            run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature
+            run, target, tokenizer, model=model, tokens=tokens, seed=seed, temperature=temperature, estimate=estimate
         )  # fmt: skip
         train, held_out = data.split(max(1, min(64, len(data) // 10)))
         torch.manual_seed(seed)
         known = len(target.get_output_embeddings().weight)
         drafter: Any = untrained(name, target, train.frequent_tokens(min(vocabulary, known)) if vocabulary else 0)
-        batch = min(8, len(train))
+        batch = min(_BATCH, len(train))
         with run.progress(max(1, round(epochs * len(train) / batch)), f"training {name}") as bar:
             train_drafter(
                 drafter, target, train, epochs=epochs, batch_size=batch,
@@ -283,7 +348,11 @@ def trained(
             accuracy = rank_accuracy(drafter, target, held_out, greedy=True)
             save_file({"accuracy": accuracy}, folder / _RANKS)
         # As the model has them, in half the space where that is bfloat16.
-        drafter.to(target.dtype).save_pretrained(folder)
+        drafter.to(target.dtype)
+        if hasattr(drafter, "nodes"):
+            (folder / _ACCEPTED).write_text(json.dumps(_accepted(drafter, target, held_out)))
+        drafter.save_pretrained(folder)
+        fresh.append(folder)
 
     key = {
         "model": model_identity(model, target), "kind": kind, "options": options, "tokens": tokens, "epochs": epochs,
@@ -291,13 +360,57 @@ def trained(
         "version": __version__,
     }  # fmt: skip
     folder = cached_folder("drafters", key, build)
-    drafter = Drafter.from_pretrained(folder, target)
+    if fresh:
+        run.log(f"{name} for {Path(model).name} lies in {folder}")
+    drafter = pack_linears(Drafter.from_pretrained(folder, target))
     if (folder / _RANKS).exists():
-        drafter.tree = TreeShape.best(load_file(folder / _RANKS)["accuracy"], nodes)  # type: ignore[assignment]
-    elif hasattr(drafter, "nodes"):
+        accuracy = load_file(folder / _RANKS)["accuracy"]
+        if nodes is not None:
+            drafter.tree = TreeShape.best(accuracy, nodes)  # type: ignore[assignment]
+        else:
+            choice = choose_tree(drafter, target, accuracy)  # type: ignore[arg-type]
+            drafter.tree = choice.tree  # type: ignore[assignment]
+            run.log(f"{name} on this machine: {choice}")
+    elif (folder / _ACCEPTED).exists():
+        if nodes is None:
+            accepted = {int(size): tokens for size, tokens in json.loads((folder / _ACCEPTED).read_text()).items()}
+            nodes, gain = choose_nodes(drafter, target, accepted)  # type: ignore[arg-type]
+            told = f"{nodes} nodes, about {gain:.2f} times plain decoding" if nodes else "no drafting pays here"
+            run.log(f"{name} on this machine: {told}")
         drafter.nodes = nodes  # type: ignore[assignment]
-    pack_linears(drafter)
-    return drafter
+    return drafter  # type: ignore[return-value]
+
+
+def _accepted(drafter: Any, target: Any, held_out: DraftingData) -> dict[int, float]:
+    """Tokens that a call gives by number of nodes, greedily behind held-out questions."""
+    from paperworks.decoding import Target, generate
+
+    found, before, most = {}, drafter.nodes, Target(target).context or 2**31
+    rows = [row for row in range(len(held_out)) if bool(held_out.mask[row].any())][:_TEXTS]
+    prompts = [held_out.tokens[row, : int(held_out.mask[row].int().argmax())][None].to(target.device) for row in rows]
+    for size in _SIZES:
+        drafter.nodes = size
+        costs = [
+            generate(target, prompt, drafter=drafter, max_new_tokens=min(_LENGTH, most - prompt.shape[1])).statistics
+            for prompt in prompts
+        ]
+        # Where a text ends at once nothing is told.
+        emitted = [count for cost in costs for row in cost.emitted for count in row] or [1]
+        found[size] = sum(emitted) / len(emitted)
+    drafter.nodes = before
+    return found
+
+
+def _step_seconds(drafter: Drafter, target: Any, part: DraftingData) -> float:
+    """How long a step of training takes: of three steps of a drafter that is thrown away, the shorter of the last two."""
+    from paperworks.decoding import train_drafter
+
+    batch, ends = min(_BATCH, len(part)), [perf_counter()]
+    train_drafter(
+        drafter, target, part, epochs=3 * batch / len(part), batch_size=batch,
+        progress=lambda steps: ends.append(perf_counter()),
+    )  # fmt: skip
+    return min(later - earlier for earlier, later in pairwise(ends[1:]))
 
 
 def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: str, seed: int) -> None:
@@ -450,11 +563,12 @@ def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float
 
 
 def model_identity(model: str, target: Any) -> dict[str, Any]:
-    """What tells this model from another of the same name: type, size and a sum over its weights."""
-    weight = target.get_output_embeddings().weight.detach()
+    """What tells this model from another of the same name: type, size and a digest of all its weights."""
+    from paperworks.decoding.identity import weights_digest
+
     return {
         "name": Path(model).name,
         "parameters": sum(parameter.numel() for parameter in target.parameters()),
         "dtype": str(target.dtype),
-        "head": float(weight[:: max(1, len(weight) // 64)].double().sum()),
+        "weights": weights_digest(target),
     }

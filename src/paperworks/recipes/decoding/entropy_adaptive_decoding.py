@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from paperworks.errors import UsageError
 from paperworks.lab.recipe import Between, Data, Model, recipe
@@ -59,7 +59,7 @@ def entropy_adaptive_decoding(
     run: Run,
     model: Annotated[str, Model()] = "smollm2-135m",
     small: Annotated[str, Model("*", "First layer", "First 4 layers")] = "First 4 layers",
-    prompts: Annotated[Literal["built-in", "mt_bench", "gsm8k"], Data()] = "built-in",
+    prompts: Annotated[str, Data("built-in", "mt_bench", "gsm8k")] = "built-in",
     prompt_count: Annotated[int, Between(1, 48)] = 12,
     calibration_prompts: Annotated[int, Between(1, 16)] = 4,
     new_tokens: Annotated[int, Between(1, 256)] = 64,
@@ -84,7 +84,8 @@ def entropy_adaptive_decoding(
         model: Name of the large model.
         small: Name of a smaller model with the same tokenizer; or "First 4 layers" or "First layer" of the large one,
             which learn its law from text that it writes itself.
-        prompts: Prompts to continue, evenly spread over their set; with gsm8k accuracy is measured too.
+        prompts: Prompts to continue, evenly spread over their set: built-in, mt_bench, gsm8k, with which accuracy is measured
+            too, or a text file of your own with one a line.
         prompt_count: How many of them.
         calibration_prompts: Others, to find thresholds on.
         new_tokens: Tokens to write for each at most.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,22 @@ from paperworks.errors import UsageError
 from paperworks.lab.cache import cached_folder
 from paperworks.lab.run import Run
 
-Data = Literal["auto", "mnist-10k", "digits"]
+_BY_NAME = ("mnist-10k", "digits")
 
 
 def pixels(data: str, size: int) -> tuple[Tensor, Tensor]:
-    """Handwritten digits that fill images of `size` x `size` pixels, in a fixed order.
+    """Images with classes, resized to `size` x `size` pixels, in a fixed order; handwritten digits fill them.
 
     Args:
-        data: "mnist-10k"; "digits", scikit-learn's 1797 of 8 x 8 pixels; or "auto", the first where it is at hand.
+        data: "mnist-10k"; "digits", scikit-learn's 1797 of 8 x 8 pixels; "auto", the first where it is at hand; or images of
+            the user's own, a folder with one subfolder a class or an .npz file.
         size: Side of the images in pixels.
 
     Returns:
         Ink within 0 and 1, (n, size, size), and classes, (n,).
+
+    Raises:
+        UsageError: The data holds no images.
     """
     import numpy as np
 
@@ -38,13 +43,31 @@ def pixels(data: str, size: int) -> tuple[Tensor, Tensor]:
     if data == "auto":
         data = "mnist-10k" if any(entry.name == "mnist-10k" and entry.available for entry in datasets()) else "digits"
     loaded: Any = load_dataset(data)
-    if isinstance(loaded, ImageData):
+    if data == "mnist-10k":
         # MNIST's digits have a margin of four pixels.
         loaded = replace(loaded, images=loaded.images[:, 2:-2, 2:-2])
-    else:
+    elif data == "digits":
         ink = (loaded.X * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8)
         loaded = ImageData(data, ink, loaded.y, loaded.classes)
+    elif not isinstance(loaded, ImageData):
+        raise UsageError(
+            f"{data} holds no images: give a folder with one subfolder a class, or an .npz file with X (samples x height x "
+            "width) and y"
+        )
+    elif len(loaded.labels) < 20:
+        raise UsageError(f"{data} holds {len(loaded.labels)} images: give 20 or more, of which a tenth is held out")
+    else:
+        # A user's own may lie in the order of their classes, and the last are held out.
+        mixed = np.random.default_rng(0).permutation(len(loaded.labels))
+        loaded = replace(loaded, images=loaded.images[mixed], labels=loaded.labels[mixed])
     return torch.from_numpy(loaded.resized(size).images).float() / 255, torch.from_numpy(loaded.labels)
+
+
+def identity(data: str, images: Tensor) -> str | int:
+    """What tells images apart in the cache of what was trained on them: a user's own by their content."""
+    if data == "auto":
+        return len(images)
+    return data if data in _BY_NAME else hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,7 @@ def image_model(
 
     Args:
         run: Shows progress.
-        data: See `digit_images`.
+        data: As for `pixels`.
         size: Side of the images in pixels.
         patch: Side of a patch in pixels.
         codes: Codes for patches.
@@ -214,7 +237,7 @@ def image_model(
         save_file(judge.state_dict(), folder / "judge.safetensors")
 
     key = {
-        "data": data if data != "auto" else len(pictures), "size": size, "patch": patch, "codes": codes,
+        "data": identity(data, pictures), "size": size, "patch": patch, "codes": codes,
         "hidden_size": hidden_size, "layers": layers, "epochs": epochs, "batch_size": batch_size, "seed": seed,
         "version": __version__,
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from paperworks.errors import UsageError
 from paperworks.lab.measure import Effect
@@ -57,7 +57,7 @@ _EXACT = "exact speculation"
 )
 def lantern(
     run: Run,
-    data: Annotated[Literal["auto", "mnist-10k", "digits"], Data()] = "auto",
+    data: Annotated[str, Data("auto", "mnist-10k", "digits")] = "auto",
     size: Annotated[int, Between(2, 24)] = 12,
     patch: Annotated[int, Between(1, 8)] = 2,
     codes: Annotated[int, Between(2, 4096)] = 1024,
@@ -84,7 +84,8 @@ def lantern(
 
     Args:
         run: Keeps what is measured.
-        data: Images to learn: mnist-10k, scikit-learn's digits, or the first of them that is at hand.
+        data: Images to learn: mnist-10k, scikit-learn's digits, or the first of them that is at hand (auto); or your own, a
+            folder with one subfolder a class or an .npz file.
         size: Side of the images in pixels.
         patch: Side of a patch, which one code stands for.
         codes: Codes in the codebook.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from paperworks.lab.measure import Effect
 from paperworks.lab.recipe import Between, Data, recipe
@@ -53,7 +53,7 @@ _TEMPERATURES = (0.7, 0.85, 1.0)
 )
 def next_block_prediction(
     run: Run,
-    data: Annotated[Literal["auto", "mnist-10k", "digits"], Data()] = "auto",
+    data: Annotated[str, Data("auto", "mnist-10k", "digits")] = "auto",
     frames: Annotated[int, Between(1, 8)] = 4,
     size: Annotated[int, Between(2, 24)] = 12,
     patch: Annotated[int, Between(1, 8)] = 2,
@@ -77,7 +77,8 @@ def next_block_prediction(
 
     Args:
         run: Keeps what is measured.
-        data: Images of the digits: mnist-10k, scikit-learn's digits, or the first of them that is at hand.
+        data: Images of the digits: mnist-10k, scikit-learn's digits, or the first of them that is at hand (auto); or your
+            own, a folder with one subfolder a class or an .npz file.
         frames: Frames of a clip.
         size: Side of a frame in pixels; a digit's is two thirds of it.
         patch: Side of a patch, which one code stands for.
@@ -94,9 +95,10 @@ def next_block_prediction(
     """
     import torch
 
-    from paperworks.recipes.decoding.images import Codebook, Judge, fit, frechet_distance, pixels
+    from paperworks.recipes.decoding.images import Codebook, Judge, fit, frechet_distance, identity, pixels
 
     digits, classes = pixels(data, 2 * size // 3)
+    kinds = int(classes.max()) + 1
     clips, moves = moving_clips(digits, frames, size, seed)
     held_out, given, side = len(clips) // 10, frames // 2, size // patch
     codebook = Codebook.fit(clips[:-held_out], codes=codes, patch=patch, seed=seed)
@@ -105,14 +107,14 @@ def next_block_prediction(
     blocks = {_TOKEN: (1, 1, 1), "next row": (1, 1, side), "next frame": (1, side, side)}
     models = {
         name: _trained(
-            run, name, block, codebook, tokens[:-held_out], classes[:-held_out], data=data, hidden_size=hidden_size,
+            run, name, block, codebook, tokens[:-held_out], classes[:-held_out], kinds=kinds, data=identity(data, digits), hidden_size=hidden_size,
             layers=layers, train_clips=train_clips, batch_size=batch_size, seed=seed,
         )
         for name, block in blocks.items()
     }  # fmt: skip
 
     torch.manual_seed(seed)
-    judge = Judge((frames, size, size), [10, 8])
+    judge = Judge((frames, size, size), [kinds, 8])
     told = torch.stack([classes, moves], dim=1)
     steps = max(1, train_clips // 16)
     with run.progress(steps, "training the judge") as bar:
@@ -121,7 +123,7 @@ def next_block_prediction(
             advance=bar.advance,
         )  # fmt: skip
     real = judge.features(shown)
-    asked = torch.arange(samples) % 10
+    asked = torch.arange(samples) % kinds
     begun = torch.arange(len(clips) - held_out, len(clips)).repeat(-(-samples // held_out))[:samples]
 
     def group(name: str, number: int, temperature: float, continued: bool) -> Tensor:
@@ -166,7 +168,7 @@ def next_block_prediction(
 
     def make(name: str) -> Callable[[int], int]:
         def call(number: int) -> int:
-            label = torch.full((timed_batch,), number % 10)
+            label = torch.full((timed_batch,), number % kinds)
             return (
                 models[name].generate(timed_batch, label=label, generator=torch.Generator().manual_seed(number)).numel()
             )
@@ -222,7 +224,8 @@ def _trained(
     tokens: Tensor,
     classes: Tensor,
     *,
-    data: str,
+    kinds: int,
+    data: str | int,
     hidden_size: int,
     layers: int,
     train_clips: int,
@@ -244,7 +247,7 @@ def _trained(
     def build(folder: Path) -> None:
         torch.manual_seed(seed)
         model = NextBlockPrediction(
-            vocab_size=codes, grid=grid, block=block, classes=10, hidden_size=hidden_size, layers=layers
+            vocab_size=codes, grid=grid, block=block, classes=kinds, hidden_size=hidden_size, layers=layers
         )
         for table in (model.backbone.embed_tokens, model.head):
             table.weight.data.copy_(codebook.embedding(hidden_size, seed))
@@ -257,7 +260,7 @@ def _trained(
         model.save_pretrained(folder)
 
     key = {
-        "data": data if data != "auto" else len(tokens), "codebook": float(codebook.vectors.double().sum()),
+        "data": data, "codebook": float(codebook.vectors.double().sum()),
         "grid": list(grid), "block": list(block), "hidden_size": hidden_size, "layers": layers,
         "train_clips": train_clips, "batch_size": batch_size, "seed": seed, "version": __version__,
     }  # fmt: skip
@@ -281,8 +284,9 @@ def _figure(strips: Mapping[str, Tensor], speed_up: Mapping[str, Effect], distan
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[5, 2, 2])
+    shown = min(6, *map(len, strips.values()))
     rows = [
-        torch.nn.functional.pad(torch.cat(list(clips[:6].flatten(0, 1)), dim=1), (0, 0, 1, 1))
+        torch.nn.functional.pad(torch.cat(list(clips[:shown].flatten(0, 1)), dim=1), (0, 0, 1, 1))
         for clips in strips.values()
     ]
     height = len(rows[0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from paperworks.lab.recipe import Between, recipe
+from paperworks.errors import UsageError
+from paperworks.lab.recipe import Between, Data, recipe
 from paperworks.lab.run import Run
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Trained(NamedTuple):
 )
 def cauchy_schwarz_bottleneck(
     run: Run,
+    data: Annotated[str, Data("auto", "diabetes", "uci:*")] = "auto",
     samples: Annotated[int, Between(10, 1600)] = 800,
     hidden: Annotated[int, Between(1, 128)] = 64,
     bottleneck: Annotated[int, Between(1, 128)] = 32,
@@ -92,12 +95,13 @@ def cauchy_schwarz_bottleneck(
     so that only the prediction term differs. I(x; t) is the normalised Cauchy-Schwarz one,
     with median kernels, and with t's noise where there is any; it is matched over the samples to choose by.
 
-    Last, without compression on made-up samples whose noise has heavy tails, against squared error and what one would
+    On one table pairs are its splits, on several the tables. Last, where `data` is auto, without compression on made-up samples whose noise has heavy tails, against squared error and what one would
     rather take there, absolute error and Huber's, each with its scale chosen on samples kept apart: the median of all
     absolute errors is measured.
 
     Args:
         run: Keeps what is measured.
+        data: A table of your own whose last column is a number (.csv, .parquet, .npz), a name, or auto for those at hand.
         samples: Of each table, at most: 60 % to train on, 20 % to choose by, 20 % to test.
         hidden: Size of the encoder's two layers and of the decoder's.
         bottleneck: Size of t.
@@ -116,12 +120,13 @@ def cauchy_schwarz_bottleneck(
     from paperworks.hub import datasets
 
     uci = [entry.name for entry in datasets() if entry.name.startswith("uci:") and entry.available]
-    tables = ["diabetes", *uci][:most_tables]
+    tables = ["diabetes", *uci][:most_tables] if data == "auto" else [data]
     training = noise, (hidden, hidden), bottleneck, epochs, rate, eps
-    plain: dict[str, list[dict[str, Trained]]] = {name: [] for name in tables}
-    tried: dict[str, list[dict[str, list[Trained]]]] = {name: [] for name in tables}
-    for name, number in run.progress([(n, s) for n in tables for s in range(seed, seed + seeds)], "training"):
-        parts = _parts(name, samples, number)
+    called = {name: Path(name).name for name in tables}
+    plain: dict[str, list[dict[str, Trained]]] = {name: [] for name in called.values()}
+    tried: dict[str, list[dict[str, list[Trained]]]] = {name: [] for name in called.values()}
+    for table, number in run.progress([(n, s) for n in tables for s in range(seed, seed + seeds)], "training"):
+        parts, name = _parts(table, samples, number), called[table]
 
         def trained(objective: str, beta: float, parts: tuple[Part, Part, Part] = parts, seed: int = number) -> Trained:
             return _train(parts, objective, beta, sigma, sigma_y, *training, seed)
@@ -137,11 +142,11 @@ def cauchy_schwarz_bottleneck(
             {PLAIN: alone[PLAIN], **{objective: seen[0] for objective, seen in by_objective.items()}}
             for alone, by_objective in zip(plain[name], tried[name], strict=True)
         ]
-        for name in tables
+        for name in plain
     }
     _record(run, plain, compressed, eps)
     heavy: dict[str, list[float]] = {}
-    for objective, scales in run.progress(list(HEAVY.items()), "heavy tails"):
+    for objective, scales in run.progress(list(HEAVY.items()) if data == "auto" else [], "heavy tails"):
         heavy[objective] = []
         for number in range(seed, seed + seeds):
             made = _heavy_tailed(samples, number)
@@ -163,10 +168,14 @@ def _parts(name: str, samples: int, seed: int) -> tuple[Part, Part, Part]:
 
     from paperworks.hub import TableData, load_dataset
 
-    data = load_dataset(name)
-    assert isinstance(data, TableData)
-    chosen = np.random.default_rng(seed).permutation(len(data.y))[:samples]
-    return _split(data.X[chosen], data.y[chosen])
+    loaded = load_dataset(name)
+    if not isinstance(loaded, TableData):
+        raise UsageError(f"{name} is no table, and one is wanted whose last column is a number")
+    X, y = loaded.measured().X, loaded.y
+    if len(y) < 10:
+        raise UsageError(f"{name} has {len(y)} rows: give 10 or more, to train on, to choose by and to test")
+    chosen = np.random.default_rng(seed).permutation(len(y))[:samples]
+    return _split(X[chosen], y[chosen])
 
 
 def _heavy_tailed(samples: int, seed: int) -> tuple[Part, Part, Part]:
@@ -330,10 +339,12 @@ def _record(
                         series=METHOD, against=objective, test_to_train=TEST_TO_TRAIN,
                     )  # fmt: skip
         for objective in (PLAIN, *STARTS):
-            if objective != METHOD and len(means) > 1:
+            if objective != METHOD:
+                several = list(means.values()) if len(means) > 1 else _splits(values)
                 run.ratio(
-                    f"{name}, all tables", method=[each[METHOD] for each in means.values()],
-                    baseline=[each[objective] for each in means.values()], better="lower", series=METHOD, against=objective,
+                    f"{name}, all tables", method=[each[METHOD] for each in several],
+                    baseline=[each[objective] for each in several], better="lower", series=METHOD, against=objective,
+                    test_to_train=None if len(means) > 1 else TEST_TO_TRAIN,
                 )  # fmt: skip
         unit = f"of {len(values)}"
         for objective in (PLAIN, *STARTS):
@@ -347,6 +358,12 @@ def _record(
             run.record(
                 f"tables with the lowest {name}, compressed", lowest, unit=unit, better="higher", series=objective
             )
+
+
+def _splits(values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, float]]:
+    """The errors of one table, split by split."""
+    [errors] = values.values()
+    return [dict(zip(errors, split, strict=True)) for split in zip(*errors.values(), strict=True)]
 
 
 def _figure(

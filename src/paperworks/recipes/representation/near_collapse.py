@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
-from paperworks.recipes.representation.neural_collapse import LOSSES, descend, digits
+from paperworks.recipes.representation.neural_collapse import LOSSES, descend
+from paperworks.recipes.representation.samples import CLASSED, Samples, samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ VARIABILITY = "within / between classes"
 )
 def near_collapse(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     per_class: Annotated[int, Between(1, 160)] = 40,
     width: Annotated[int, Between(1, 128)] = 64,
     depth: Annotated[int, Between(1, 8)] = 4,
@@ -37,7 +39,7 @@ def near_collapse(
     seeds: Annotated[int, Between(1, 32)] = 8,
     seed: int = 0,
 ) -> None:
-    """The shrink factors against the exact solver, greedily added layers, and decay of body or head on digits.
+    """The shrink factors against the exact solver, greedily added layers, and decay of body or head, on digits or your own samples.
 
     Imperfections within classes go through the solver at full collapse and are held against the two factors. Then
     layers are trained one at a time over frozen ones, each with a head of its own, and the variability within classes
@@ -47,7 +49,8 @@ def near_collapse(
 
     Args:
         run: Keeps what is measured.
-        per_class: Samples of each digit.
+        data: What to learn to tell apart: a table or folder of images of your own, or a name.
+        per_class: Samples of each class, at most.
         width: Of hidden layers.
         depth: Layers added one after the other.
         steps: Of training, for each.
@@ -62,6 +65,7 @@ def near_collapse(
     from paperworks.representation import implied_beta, orthogonal_collapse
     from paperworks.representation import near_collapse as analysis
 
+    own = samples(data)
     betas = (2.0, 10.0, 50.0)
     lam_w, lam_h = 0.3, 0.2
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +87,7 @@ def near_collapse(
         run.record("largest error of a shrink factor", error, better="lower", series=name)
 
     greedy = [
-        _greedy(per_class, width, depth, steps, decay, number)
+        _greedy(own, per_class, width, depth, steps, decay, number)
         for number in run.progress(range(seed, seed + seeds), "layers")
     ]
     layers = [[_variability(features, labels) for features in seen] for seen, labels in greedy]
@@ -113,47 +117,48 @@ def near_collapse(
             run.record("implied beta", found_beta, better="higher", series=f"layer {number + 1}")
 
     variants = {"both": (1, 1), "body x2": (2, 1), "body 0": (0, 1), "head x2": (1, 2), "head 0": (1, 0)}
+    # Two centred means are a simplex always, so that NC2 says nothing of two classes.
+    measures = ("NC1", "NC2") if len(own.classes) > 2 else ("NC1",)
     shown: dict[str, list[float]] = {}
     for loss in LOSSES:
         whole = {
             name: [
-                _whole(per_class, width, long_steps, decay * body, decay * head, number, loss)
+                _whole(own, per_class, width, long_steps, decay * body, decay * head, number, loss)
                 for number in range(seed, seed + seeds)
             ]
             for name, (body, head) in run.progress(list(variants.items()), f"weight decay, {loss}")
         }
         for name, reached_by in whole.items():
-            for kind, measure in enumerate(("NC1 at the end", "NC2 at the end")):
+            for kind, measure in enumerate(f"{one} at the end" for one in measures):
                 values = [one[kind] for one in reached_by]
                 run.record(measure, float(np.mean(values)), better="lower", series=f"{name}, {loss}")
+        ends = {name: np.array(reached_by)[:, : len(measures)] for name, reached_by in whole.items()}
         for change_of in ("x2", "0"):
             # How far, on a logarithmic scale, a change of decay takes each seed's network from where it was.
-            body, head = (
-                np.abs(np.log(np.divide(whole[f"{part} {change_of}"], whole["both"]))) for part in ("body", "head")
-            )
-            for kind, measure in enumerate(("NC1", "NC2")):
+            body, head = (np.abs(np.log(ends[f"{part} {change_of}"] / ends["both"])) for part in ("body", "head"))
+            for kind, measure in enumerate(measures):
                 run.difference(
                     f"{measure} moved by decay {change_of}", method=body[:, kind].tolist(),
                     baseline=head[:, kind].tolist(), unit="nats", series=f"body, {loss}", against="head",
                 )  # fmt: skip
-        shown |= {f"{name}, {loss}": [one[0] for one in ends] for name, ends in whole.items()}
+        shown |= {f"{name}, {loss}": [one[0] for one in reached_by] for name, reached_by in whole.items()}
     run.figure(_figure([[one[0] for one in network] for network in layers], shown))
 
 
 def _greedy(
-    per_class: int, width: int, depth: int, steps: int, decay: float, seed: int
+    own: Samples, per_class: int, width: int, depth: int, steps: int, decay: float, seed: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Pixels and what each layer makes of them, trained over frozen ones; and the labels."""
     import torch
     from torch import nn
 
-    x, y = digits([per_class] * 10, seed)
+    x, y = own.drawn([per_class] * len(own.classes), seed)
     wanted, seen = nn.functional.one_hot(y).float(), [x]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         for _ in range(depth):
             layer = nn.Sequential(nn.Linear(seen[-1].shape[1], width), nn.ReLU())
-            head = nn.Linear(width, 10, bias=False)
+            head = nn.Linear(width, len(own.classes), bias=False)
             parameters = [*layer.parameters(), *head.parameters()]
 
             def objective(
@@ -172,14 +177,14 @@ def _variability(features: torch.Tensor, labels: torch.Tensor) -> tuple[float, f
     """Tr Sigma_W / tr Sigma_B, and NC1."""
     from paperworks.representation import NeuralCollapse
 
-    metric = NeuralCollapse(10)
+    metric = NeuralCollapse(int(labels.max()) + 1)
     metric.update(features, labels)
     found = metric.compute()
     return float(found["nc1_trace_ratio"]), float(found["nc1"])
 
 
 def _whole(
-    per_class: int, width: int, steps: int, of_body: float, of_head: float, seed: int, loss: str
+    own: Samples, per_class: int, width: int, steps: int, of_body: float, of_head: float, seed: int, loss: str
 ) -> tuple[float, float]:
     """NC1 and NC2 of the features of a network of two hidden layers, with decay of its body and of its head."""
     import torch
@@ -187,13 +192,13 @@ def _whole(
 
     from paperworks.representation import NeuralCollapse
 
-    x, y = digits([per_class] * 10, seed)
+    x, y = own.drawn([per_class] * len(own.classes), seed)
     wanted = nn.functional.one_hot(y).float()
     entropy = loss == "cross-entropy"
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         body = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        head = nn.Linear(width, 10, bias=entropy)
+        head = nn.Linear(width, len(own.classes), bias=entropy)
 
     def objective() -> torch.Tensor:
         made = head(body(x))

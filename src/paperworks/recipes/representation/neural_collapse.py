@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from paperworks.errors import UsageError
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
+from paperworks.recipes.representation.samples import CLASSED, Samples, samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +45,7 @@ class Trained(NamedTuple):
 )
 def neural_collapse(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     classes: Annotated[int, Between(2, 10)] = 10,
     smallest: Annotated[int, Between(1, 60)] = 15,
     largest: Annotated[int, Between(1, 174)] = 150,
@@ -53,7 +56,7 @@ def neural_collapse(
     restarts: Annotated[int, Between(1, 4)] = 1,
     seed: int = 0,
 ) -> None:
-    """Networks trained on digits far past zero error, against the closed form of the unconstrained feature model.
+    """Networks trained on digits, or your own samples, far past zero error, against the closed form of the unconstrained feature model.
 
     Perceptrons with a few linear layers at their end learn balanced classes, by squared error without a bias and by
     cross-entropy with one, features and linear layers decaying: NC1 to NC3 of the linear layer that has collapsed least
@@ -63,9 +66,10 @@ def neural_collapse(
 
     Args:
         run: Keeps what is measured.
-        classes: Digits to tell apart.
-        smallest: Samples of the rarest digit.
-        largest: Samples of the commonest; those between are spaced geometrically.
+        data: What to learn to tell apart: a table or folder of images of your own, or a name.
+        classes: Classes to tell apart, at most; digits where nothing else is given.
+        smallest: Samples of the rarest class, at most.
+        largest: Samples of the commonest, at most; those between are spaced geometrically.
         width: Of the hidden layers, of the features, and of what is between linear layers.
         depth: Linear layers at the end of the networks that are compared with initialisation.
         steps: Of training, each on all samples.
@@ -78,11 +82,19 @@ def neural_collapse(
 
     from paperworks.representation import frame_geometry, unconstrained_features
 
-    counts = np.geomspace(largest, smallest, classes).round().astype(int).tolist()
+    own = samples(data)
+    classes = min(classes, len(own.classes))
+    wanted = np.geomspace(largest, smallest, classes).round().astype(int).tolist()
+    own, counts = own.as_many(wanted)
+    smallest, noun = counts[-1], "digit" if data == "digits" else "class"
+    if own.X.shape[1] < 2:
+        raise UsageError(f"{data} has one feature, and a network is to learn from several")
     edge = smallest**0.5 / sum(counts)
     lam = 0.3 * edge
 
-    even, frame = [max(2, sum(counts) // classes)] * classes, frame_geometry(counts, lam_w=lam, lam_h=lam)
+    most_alike = int(np.bincount(own.y).min())
+    even = [min(max(2, sum(counts) // classes), most_alike)] * classes
+    frame = frame_geometry(counts, lam_w=lam, lam_h=lam)
     found = unconstrained_features(
         counts, classes + 2, lam_w=lam, lam_h=lam, restarts=restarts, generator=torch.Generator().manual_seed(seed)
     )
@@ -90,17 +102,20 @@ def neural_collapse(
     networks = range(seed, seed + seeds)
     for loss, share in LOSSES.items():
         pairs = [
-            deep(even, width, depth, share * lam, steps, number, loss)
+            deep(even, width, depth, share * lam, steps, number, loss, own)
             for number in run.progress(networks, f"{depth} layers, {loss}")
         ]
         for name in ("NC1", "NC2", "NC3"):
+            # Two rows are a simplex from the beginning.
+            if name == "NC2" and classes == 2 and loss == "cross-entropy":
+                continue
             run.ratio(
                 f"{name}, ratio", method=[after[name] for _, after in pairs],
                 baseline=[before[name] for before, _ in pairs], better="lower",
                 series=f"{loss}, worst of {depth} layers", against="initialisation",
             )  # fmt: skip
-    balanced = [train(even, width, lam, steps, number) for number in run.progress(networks, "balanced")]
-    imbalanced = [train(counts, width, lam, steps, number) for number in run.progress(networks, "imbalanced")]
+    balanced = [train(even, width, lam, steps, number, own) for number in run.progress(networks, "balanced")]
+    imbalanced = [train(counts, width, lam, steps, number, own) for number in run.progress(networks, "imbalanced")]
     first, last = [one.at_zero_error for one in balanced], [one.path[-1][2] for one in balanced]
     run.record("NC1", float(np.mean(first)), better="lower", series="zero training error")
     run.record("NC1", float(np.mean(last)), better="lower", series="end of training")
@@ -116,14 +131,14 @@ def neural_collapse(
     # Below its threshold the rarest class's |p|^2 = sqrt(n) - N lam falls on a line, which is followed to zero.
     shares, squared = (0.4, 0.6, 0.8, 1.2), []
     for share in run.progress(shares, "decay"):
-        one = train(counts, width, share * edge, steps, seed)
+        one = train(counts, width, share * edge, steps, seed, own)
         squared.append(float(one.weight[-1].square().sum()))
         logit = float(one.metric.class_means[-1] @ one.weight[-1].double())
-        run.record("rarest digit's own logit", logit, better="higher", series=f"{share:g} of the threshold")
-        run.record("rarest digit's recall", one.recall, better="higher", series=f"{share:g} of the threshold")
+        run.record(f"rarest {noun}'s own logit", logit, better="higher", series=f"{share:g} of the threshold")
+        run.record(f"rarest {noun}'s recall", one.recall, better="higher", series=f"{share:g} of the threshold")
     slope, offset = np.polyfit(shares[:-1], squared[:-1], 1)
     run.record("threshold found / predicted", float(-offset / slope), better="lower", series="network")
-    run.record("squared row of the rarest digit", squared[-1], better="lower", series="1.2 of the threshold")
+    run.record(f"squared row of the rarest {noun}", squared[-1], better="lower", series="1.2 of the threshold")
     run.compare(
         baseline=(
             "solver",
@@ -136,14 +151,14 @@ def neural_collapse(
     run.figure(_figure(balanced[0].path, imbalanced[0].weight, frame, shares, squared, smallest, edge))
 
 
-def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int) -> Trained:
-    """A network with two hidden layers, and features of any sign, on so many of each digit."""
+def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int, own: Samples | None = None) -> Trained:
+    """A network with two hidden layers, and features of any sign, on so many of each class; of digits by default."""
     import torch
     from torch import nn
 
     from paperworks.representation import NeuralCollapse
 
-    x, y = digits(counts, seed)
+    x, y = (own or samples()).drawn(counts, seed)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         body = nn.Sequential(
@@ -174,7 +189,14 @@ def train(counts: Sequence[int], width: int, lam: float, steps: int, seed: int) 
 
 
 def deep(
-    counts: Sequence[int], width: int, depth: int, lam: float, steps: int, seed: int, loss: str
+    counts: Sequence[int],
+    width: int,
+    depth: int,
+    lam: float,
+    steps: int,
+    seed: int,
+    loss: str,
+    own: Samples | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """NC1 to NC3 of the linear layer that has collapsed least, at initialisation and at the end.
 
@@ -183,7 +205,7 @@ def deep(
     import torch
     from torch import nn
 
-    x, y = digits(counts, seed)
+    x, y = (own or samples()).drawn(counts, seed)
     entropy = loss == "cross-entropy"
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -232,21 +254,6 @@ def row_error(rows: Tensor, frame: FrameGeometry) -> float:
     wanted = frame.weight_squared.sqrt()
     kept = ~frame.collapsed
     return float(((rows.double().norm(dim=1) - wanted) / wanted)[kept].abs().max())
-
-
-def digits(counts: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-    """So many digits of each class, drawn at random: pixels within [-1, 1], and labels."""
-    import numpy as np
-    import torch
-
-    from paperworks.hub import load_dataset
-
-    data = load_dataset("digits")
-    random = np.random.default_rng(seed)
-    rows = np.concatenate(
-        [random.permutation(np.flatnonzero(data.y == label))[:count] for label, count in enumerate(counts)]
-    )
-    return torch.tensor(data.X[rows] / 8 - 1, dtype=torch.float32), torch.tensor(data.y[rows])
 
 
 def descend(

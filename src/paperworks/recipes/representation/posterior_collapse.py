@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
+from paperworks.errors import UsageError
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
+from paperworks.recipes.representation.samples import CLASSED
 
 _BETAS = (0.1, 0.5, 1.0, 2.0, 4.0)
 _RHOS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -29,6 +32,7 @@ class Sweep(NamedTuple):
 )
 def posterior_collapse(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     latent: Annotated[int, Between(1, 64)] = 16,
     epochs: Annotated[int, Between(1, 240)] = 60,
     seeds: Annotated[int, Between(1, 20)] = 5,
@@ -37,17 +41,19 @@ def posterior_collapse(
     eta_dec: Annotated[float, Between(0.001, 10)] = 0.5,
     seed: int = 0,
 ) -> None:
-    """What the theory predicts on digits from second moments alone, against what training gives.
+    """What the theory predicts, on digits or your own rows, from second moments alone, against what training gives.
 
     A linear conditional and a linear hierarchical VAE are trained, and the divergence of each latent variable compared with
-    its closed form. Then a conditional VAE with ReLU layers, the top left quarter given and the rest to model, is trained at
+    its closed form. Then a conditional VAE with ReLU layers, the top left quarter of the image given (of a table the first
+    quarter of its columns) and the rest to model, is trained at
     five beta, and a hierarchical one at three beta1, three beta2 and three standard deviations of the decoder. Last, the
     conditional one models Gaussian y of as many columns as it has variables, given x that correlates with y by rho.
 
     Args:
         run: Keeps what is measured.
+        data: What to model: a table or folder of images of your own, or a name; its target is not used.
         latent: Latent variables of the nonlinear models.
-        epochs: Passes over the digits for each.
+        epochs: Passes over the rows for each.
         seeds: Nonlinear models at each setting.
         fit_latent: Latent variables of the linear models.
         fit_steps: Steps of L-BFGS on the linear models, at most.
@@ -58,7 +64,7 @@ def posterior_collapse(
     import torch
     from scipy.stats import spearmanr
 
-    from paperworks.hub import load_dataset
+    from paperworks.recipes.representation.samples import rows as rows_of
     from paperworks.recipes.representation.vae import VAE, HierarchicalVAE, train
     from paperworks.representation.posterior_collapse import (
         LinearCVAE,
@@ -68,12 +74,20 @@ def posterior_collapse(
         linear_hvae_solution,
     )
 
-    pixels = torch.tensor(load_dataset("digits").X / 16).reshape(-1, 8, 8)
-    corner = torch.zeros(8, 8, dtype=torch.bool)
-    corner[:4, :4] = True
+    known, shape = rows_of(data)
+    if known.shape[1] < 2:
+        raise UsageError(f"{data} has one column, and some are modelled given others: give two or more")
+    height, width = shape or (1, known.shape[1])
+    pixels = torch.tensor(known).reshape(-1, height, width)
+    corner = torch.zeros(height, width, dtype=torch.bool)
+    if shape:
+        corner[: max(1, height // 2), : max(1, width // 2)] = True
+    else:
+        corner[0, : max(1, width // 4)] = True
     rows = torch.cat([pixels[:, corner], pixels[:, ~corner]], 1)
     rows = rows - rows.mean(0)
-    x, y, given = rows[:, :16], rows[:, 16:], 16
+    given = int(corner.sum())
+    x, y = rows[:, :given], rows[:, given:]
 
     own = torch.Generator().manual_seed(seed)
     linear = LinearCVAE(given, y.shape[1], fit_latent, eta_dec=eta_dec, generator=own)
@@ -165,7 +179,7 @@ def posterior_collapse(
         repeats=1,
         warmup=0,
     )
-    run.figure(_figure(pairs, {"beta, digits": digits, "rho, Gaussian": gaussian}))
+    run.figure(_figure(pairs, {f"beta, {Path(data).name}": digits, "rho, Gaussian": gaussian}))
 
 
 def _figure(pairs: dict[str, Any], sweeps: dict[str, Sweep]) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
+from paperworks.recipes.representation.samples import CLASSED, Samples, samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 EXCESS, UNINFORMED = "excess risk", "excess risk, uninformative target"
 ERROR = "test error"
 LOGISTIC, SPREADING = "logistic regression", "label spreading"
-# Of the digits a quarter is for the test.
+# A quarter of the samples is for the test.
 TEST_TO_TRAIN = 1 / 3
 
 
@@ -32,10 +33,11 @@ TEST_TO_TRAIN = 1 / 3
         EXCESS, f"{EXCESS} against ridge", f"{UNINFORMED} against ridge", ERROR, f"{ERROR} against {LOGISTIC}",
         f"{ERROR} against {SPREADING}",
     ),
-    rows=("pretrained, m = *", "true model", "mixture, pretrained", "contrastive, pretrained", "digits, pretrained*"),
+    rows=("pretrained, m = *", "true model", "mixture, pretrained", "contrastive, pretrained", "*, pretrained, K = *"),
 )  # fmt: skip
 def pretrained_features(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     dims: Annotated[int, Between(1, 400)] = 200,
     factors: Annotated[int, Between(1, 16)] = 4,
     labelled: Annotated[int, Between(2, 320)] = 80,
@@ -57,21 +59,22 @@ def pretrained_features(
     factors do not tell anything about shows what the informative condition is for, and kappa how informative a model is.
 
     Then Gaussian mixtures with binary labels by component, contrastive pairs with a linear embedding, and digits, odd or
-    even, each time with another split, model and labels. Penalties of the baselines are chosen by cross-validation; label
+    even, or your own samples and classes, each time with another split, model and labels. Penalties of the baselines are chosen by cross-validation; label
     spreading uses the unlabelled samples too.
 
     Args:
         run: Keeps what is measured.
+        data: What a mixture model learns before it sees labels: a table or folder of images of your own, or a name.
         dims: Features of the factor model.
         factors: Of the factor model.
         labelled: Samples with targets, and from a quarter of them to four times as many; half as many for the mixture, 30
-            for the pairs and 20 for digits.
+            for the pairs and 20 for digits, or four of each class.
         smallest: Unlabelled samples to begin with.
         largest: Unlabelled samples at most.
         sizes: How many numbers of them, spaced geometrically.
         pairs: Of the contrastive model.
-        digits: Images in all; a quarter is for the test.
-        components: Of the mixture on digits; another has three times as many, which cost labels.
+        digits: Samples of `data` in all, at most; a quarter is for the test.
+        components: Of the mixture on them; another has three times as many, which cost labels.
         repeats: Draws of everything.
         seed: Of the draws.
     """
@@ -90,12 +93,13 @@ def pretrained_features(
     clustered = [_clusters(labelled // 2, largest // 4, random) for random in run.progress(randoms, "mixtures")]
     embedded = [_pairs(pairs, 30, random) for random in run.progress(randoms, "contrastive pairs")]
     sizes_of_mixture = (components, 3 * components)
-    numbers = run.progress(range(seed, seed + repeats), "digits")
-    of_digits = [_digits(digits, 20, sizes_of_mixture, number) for number in numbers]
+    own = samples(data)
+    numbers = run.progress(range(seed, seed + repeats), own.name)
+    of_data = [_of_data(own, digits, 20, sizes_of_mixture, number) for number in numbers]
     for metric, task, rows, ours, theirs, share in (
         (ERROR, "mixture", clustered, ["pretrained"], [LOGISTIC, SPREADING], None),
         (EXCESS, "contrastive", embedded, ["pretrained"], ["ridge"], None),
-        (ERROR, "digits", of_digits, [f"pretrained, K = {count}" for count in sizes_of_mixture], [LOGISTIC, SPREADING], TEST_TO_TRAIN),
+        (ERROR, own.name, of_data, [f"pretrained, K = {count}" for count in sizes_of_mixture], [LOGISTIC, SPREADING], TEST_TO_TRAIN),
     ):  # fmt: skip
         found = dict(zip([*ours, *theirs], ([*one] for one in zip(*rows, strict=True)), strict=True))
         for name, values in found.items():
@@ -323,18 +327,26 @@ def _pairs(size: int, labelled: int, random: np.random.Generator) -> tuple[float
     return excess(PretrainedFeatures(model).fit(seen, y, pairs=(x, other, similar))), excess(ridge().fit(seen, y))
 
 
-def _digits(size: int, labelled: int, counts: Sequence[int], seed: int) -> tuple[float, ...]:
-    """Test errors of odd against even for each number of components, and of both baselines, for a split of its own."""
+def _of_data(own: Samples, size: int, labelled: int, counts: Sequence[int], seed: int) -> tuple[float, ...]:
+    """Test errors for each number of components, and of both baselines, for a split of its own; of digits, odd against even."""
     import numpy as np
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     from paperworks.representation import MixtureModel, PretrainedFeatures
 
-    x, digit = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split(x[:size] / 16, digit[:size] % 2, test_size=0.25, random_state=seed)
-    # As many of each class, so that every fold of the baseline has both.
-    few = np.concatenate([np.flatnonzero(y == parity)[: labelled // 2] for parity in (0, 1)])
+    if own.name == "digits":
+        kept, labels, stratify = np.arange(len(own.y))[:size], own.y % 2, None
+    else:
+        # A user's rows may lie in the order of their classes.
+        kept, labels = np.random.default_rng(seed).permutation(len(own.y))[:size], own.y
+        stratify = labels[kept] if np.bincount(labels[kept])[np.unique(labels[kept])].min() > 1 else None
+    x, x_test, y, y_test = train_test_split(
+        own.X[kept], labels[kept], test_size=0.25, random_state=seed, stratify=stratify
+    )
+    # As many of each class, so that every fold of the baseline has all.
+    present = np.unique(y)
+    each = max(4, labelled // len(present))
+    few = np.concatenate([np.flatnonzero(y == label)[:each] for label in present])
     others = np.delete(x, few, axis=0)
     told = [
         PretrainedFeatures(MixtureModel(K, random_state=seed)).fit(x[few], y[few], X_unlabeled=others).predict(x_test)

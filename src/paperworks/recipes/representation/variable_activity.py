@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
+from paperworks.recipes.representation.samples import CLASSED, Samples, samples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ CODES = ("mean", "sampled")
 KINDS = ("active", "mixed", "passive")
 DEPENDENCE = {"total correlation": "nats", "mutual information": "nats"}
 CLASSIFIERS = ("logistic regression", "boosted trees")
-# Of the digits a quarter is for the test.
+# A quarter of the samples is for the test.
 TEST_TO_TRAIN = 1 / 3
 
 
@@ -55,16 +56,17 @@ class Trained(NamedTuple):
 )  # fmt: skip
 def variable_activity(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     latent: Annotated[int, Between(1, 64)] = 16,
     hidden: Annotated[int, Between(1, 256)] = 128,
     epochs: Annotated[int, Between(1, 600)] = 150,
     seeds: Annotated[int, Between(1, 20)] = 6,
     seed: int = 0,
 ) -> None:
-    """Digits at three strengths of regularisation: what passive variables do to mean and sampled codes.
+    """Digits, or your own samples, at three strengths of regularisation: what passive variables do to mean and sampled codes.
 
     A pair is one autoencoder with a split, first weights, order and noise of its own. Dependence within the codes is that
-    of all digits; classifiers learn from the codes of the digits that the autoencoder learnt from, and are tested on the
+    of all samples; classifiers learn from the codes of those that the autoencoder learnt from, and are tested on the
     others. In some trainings too few variables are left to depend on one another: intervals are over the others.
 
     While the first model at each strength trains its codes are kept at doubling epochs: how the variables that end passive
@@ -72,16 +74,18 @@ def variable_activity(
 
     Args:
         run: Keeps what is measured.
+        data: What to encode: a table or folder of images of your own, or a name.
         latent: Latent variables.
         hidden: Size of the two hidden layers on each side.
-        epochs: Passes over the digits.
+        epochs: Passes over the samples.
         seeds: Autoencoders at each strength.
         seed: Of the first split, first weights, order and noise.
     """
+    own = samples(data)
     work = [(beta, number) for beta in BETAS for number in range(seed, seed + seeds)]
     found: dict[float, list[Trained]] = {beta: [] for beta in BETAS}
     for beta, number in run.progress(work, "training"):
-        found[beta].append(_trained(beta, latent, hidden, epochs, number, watched=number == seed))
+        found[beta].append(_trained(own, beta, latent, hidden, epochs, number, watched=number == seed))
     for beta, trained in found.items():
         _record(run, f"beta {beta:g}", trained)
     _record_growth(run, found)
@@ -94,20 +98,18 @@ def variable_activity(
     run.figure(_figure(found))
 
 
-def _trained(beta: float, latent: int, hidden: int, epochs: int, seed: int, *, watched: bool) -> Trained:
+def _trained(own: Samples, beta: float, latent: int, hidden: int, epochs: int, seed: int, *, watched: bool) -> Trained:
     import math
 
     import numpy as np
     import torch
     from sklearn.model_selection import train_test_split
 
-    from paperworks.hub import load_dataset
     from paperworks.recipes.representation.vae import VAE, train
     from paperworks.representation import PassiveFilter, representation_report
 
-    data = load_dataset("digits")
-    rows = torch.tensor(data.X / 16, dtype=torch.float32)
-    seen, unseen = train_test_split(np.arange(len(rows)), test_size=0.25, stratify=data.y, random_state=seed)
+    rows = torch.tensor(own.X, dtype=torch.float32)
+    seen, unseen = train_test_split(np.arange(len(rows)), test_size=0.25, stratify=own.y, random_state=seed)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = VAE(rows.shape[1], latent, (hidden, hidden))
@@ -139,7 +141,7 @@ def _trained(beta: float, latent: int, hidden: int, epochs: int, seed: int, *, w
     sampled = mu + np.sqrt(var) * np.random.default_rng(seed).standard_normal(mu.shape)
     passive, kept = report.indices("passive"), report.indices("active", "mixed")
     accuracy = {
-        (classifier, label, code): _accuracy(classifier, values[:, columns], data.y, seen, unseen, seed)
+        (classifier, label, code): _accuracy(classifier, values[:, columns], own.y, seen, unseen, seed)
         for classifier in CLASSIFIERS
         for label, columns in ((FULL, np.arange(latent)), (KEPT, kept))
         for code, values in zip(CODES, (mu, sampled), strict=True)
@@ -156,9 +158,9 @@ def _trained(beta: float, latent: int, hidden: int, epochs: int, seed: int, *, w
 
 
 def _accuracy(
-    classifier: str, code: Array, labels: Array, seen: NDArray[np.intp], unseen: NDArray[np.intp], seed: int
+    classifier: str, code: Array, labels: NDArray[np.int64], seen: NDArray[np.intp], unseen: NDArray[np.intp], seed: int
 ) -> float:
-    """Accuracy on digits that neither autoencoder nor classifier has seen."""
+    """Accuracy on samples that neither autoencoder nor classifier has seen."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV

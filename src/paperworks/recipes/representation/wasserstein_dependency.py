@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from paperworks.errors import UsageError
 from paperworks.lab.recipe import Between, recipe
 from paperworks.lab.run import Run
+from paperworks.recipes.representation.samples import CLASSED, Samples, samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,12 +28,13 @@ LIPSCHITZ: dict[str, Any] = {"CPC": None, "WPC": "one_sided_gp"}
     "wasserstein-dependency",
     baseline="contrastive predictive coding (CPC), which is the same loss with a free critic",
     columns=(ACCURACY, "accuracy of the worst factor", "bound on mutual information", "gradient norm", "accuracy kept"),
-    rows=("codes,*", "digit grids,*"),
+    rows=("codes,*", "digit grids,*", "grids,*"),
     tiny={"factors": 4, "values": 4, "steps": 60, "grid_steps": 20, "side": 2, "width": 32, "probed": 300, "seeds": 2, "grid_seeds": 2},
     large={"factors": 16, "steps": 20_000, "grid_steps": 20_000, "width": 1024, "seeds": 10, "grid_seeds": 10},
 )  # fmt: skip
 def wasserstein_dependency(
     run: Run,
+    data: Annotated[str, CLASSED] = "digits",
     factors: Annotated[int, Between(1, 16)] = 8,
     values: Annotated[int, Between(2, 32)] = 8,
     side: Annotated[int, Between(1, 6)] = 3,
@@ -46,16 +49,17 @@ def wasserstein_dependency(
     grid_seeds: Annotated[int, Between(1, 20)] = 5,
     seed: int = 0,
 ) -> None:
-    """Pairs that share independent factors, as noisy codes and as grids of digits; what is left in the encoder of them.
+    """Pairs that share independent factors, as noisy codes and as grids of samples; what is left in the encoder of them.
 
-    In y each factor has the same value as in x but looks different: another code, or in the grids another image of the
-    digit after. Encoders are trained on fresh pairs, frozen, and a linear classifier reads each factor off their codes.
+    In y each factor has the same value as in x but looks different: another code, or in the grids, which are of digits or
+    your own samples, another sample of the class after. Encoders are trained on fresh pairs, frozen, and a linear classifier reads each factor off their codes.
 
     Args:
         run: Keeps what is measured.
+        data: Whose samples make the grids: a table or folder of images of your own, or a name.
         factors: Independent factors of the codes.
         values: Of each factor; together they share factors * log(values) nats.
-        side: Digits in a row and in a column of a grid.
+        side: Samples in a row and in a column of a grid.
         width: Of the two hidden layers.
         steps: Of Adam, on codes.
         grid_steps: Of Adam, on grids.
@@ -69,17 +73,19 @@ def wasserstein_dependency(
     """
     import torch
 
+    own = samples(data)
+    grids = "digit grids" if data == "digits" else "grids"
     sizes = sorted({batch_size, large_batch})
     # A quarter of the factors: the more the two views share, the more is lost to a bound of log(batch_size).
     few = "codes of a quarter of the factors"
     accuracies: dict[str, dict[str, list[list[float]]]] = {}
     seen: dict[str, Dependency] = {}
     work = [
-        (f"{data}, batch {size}", make, size, count, number)
-        for data, make, many, count in (
+        (f"{kind}, batch {size}", make, size, count, number)
+        for kind, make, many, count in (
             ("codes", partial(_codes, factors, values), seeds, steps),
             (few, partial(_codes, max(1, factors // 4), values), seeds, steps),
-            ("digit grids", partial(_grids, side), grid_seeds, grid_steps),
+            (grids, partial(_grids, own, side), grid_seeds, grid_steps),
         )
         for size in sizes
         for number in range(seed, seed + many)
@@ -113,8 +119,8 @@ def wasserstein_dependency(
             f"{GAINED}, as more is shared", method=gains[f"codes, batch {size}"], baseline=gains[f"{few}, batch {size}"],
             series=f"codes, batch {size}", against=few,
         )  # fmt: skip
-    for data in ("codes", "digit grids") if len(sizes) > 1 else ():
-        small, large = (f"{data}, batch {size}" for size in sizes)
+    for kind in ("codes", grids) if len(sizes) > 1 else ():
+        small, large = (f"{kind}, batch {size}" for size in sizes)
         run.difference(
             f"{GAINED}, by small batches", method=gains[small], baseline=gains[large], series=small, against=large
         )
@@ -136,27 +142,29 @@ def _codes(factors: int, values: int, generator: Generator) -> tuple[Draw, Draw]
     return draw, draw
 
 
-def _grids(side: int, generator: Generator) -> tuple[Draw, Draw]:
-    """Draws grids of digits, grids of the digits after, and the digits; of images to train on, and of others."""
+def _grids(own: Samples, side: int, generator: Generator) -> tuple[Draw, Draw]:
+    """Draws grids of samples, grids of samples of the classes after, and the classes; of samples to train on, and of others."""
     import torch
 
-    from paperworks.hub import load_dataset
-
-    data = load_dataset("digits")
-    images, labels = torch.tensor(data.X / 16, dtype=torch.float32), torch.tensor(data.y).long()
+    images, labels, classes = torch.tensor(own.X, dtype=torch.float32), torch.tensor(own.y), len(own.classes)
     shuffled = torch.randperm(len(images), generator=generator)
 
     def drawer(rows: Tensor) -> Draw:
-        by_digit = [images[rows[labels[rows] == digit]] for digit in range(10)]
-        counts = torch.tensor([len(one) for one in by_digit])
-        stacked, first = torch.cat(by_digit), counts.cumsum(0) - counts
+        by_class = [images[rows[labels[rows] == label]] for label in range(classes)]
+        counts = torch.tensor([len(one) for one in by_class])
+        if not counts.all():
+            few = own.classes[int(counts.argmin())]
+            raise UsageError(
+                f"{own.name} has too few samples of class {few} to train on some and test on others: give more"
+            )
+        stacked, first = torch.cat(by_class), counts.cumsum(0) - counts
 
         def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
-            chosen = torch.randint(10, (n, side * side), generator=generator)
+            chosen = torch.randint(classes, (n, side * side), generator=generator)
             grids = []
-            for digits in (chosen, (chosen + 1) % 10):
-                place = (torch.rand(digits.shape, generator=generator) * counts[digits]).long()
-                grids.append(stacked[first[digits] + place].flatten(1))
+            for shown in (chosen, (chosen + 1) % classes):
+                place = (torch.rand(shown.shape, generator=generator) * counts[shown]).long()
+                grids.append(stacked[first[shown] + place].flatten(1))
             return grids[0], grids[1], chosen
 
         return draw
