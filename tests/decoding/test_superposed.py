@@ -333,6 +333,12 @@ def test_bad_input_is_refused(options, words, model, prompt):
         SuperposedDecoding(model, **options).generate(prompt, **call)
 
 
+def test_the_ends_of_what_is_allowed_are_allowed(model, prompt):
+    for options in ({"penalty": 0.0}, {"alpha": 1.0}, {"drafts": 1}, {"top_tokens": 40}, {"weights": (0.0,)}):
+        drafts = SuperposedDecoding(model, **options).generate(prompt, max_new_tokens=1, eos_token_id=[])
+        assert drafts.sequences.shape == (1, options.get("drafts", 3), 6)
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
