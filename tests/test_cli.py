@@ -355,6 +355,11 @@ def test_bench_refuses_what_it_cannot_do(paperworks, toys, tmp_path):
     assert status == 2 and "PyTorch sees no GPU here" in err
 
 
+def test_a_run_ends_with_the_command_that_gives_it_again(paperworks, toys, tmp_path):
+    out = paperworks("run", "hydra", "--throws", "5", "--model", str(tmp_path / "my model"))[1]
+    assert f"paperworks run hydra --throws 5 --model '{tmp_path}/my model'\n" in out
+
+
 def test_search_says_where_nothing_is_found(paperworks):
     assert paperworks("search", "--words", "xyzzy") == (0, "nothing found: try other words, or `paperworks list`\n", "")
     assert paperworks("search", "--words", "xyzzy", "--json")[1].strip() == "[]"

@@ -105,7 +105,9 @@ def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
         for run in runs:
             card = load_cards().get(run.paper)
             if run.measurements and card is not None:
-                print_results(console, card, as_record(run) | {"measurements": run.measurements})
+                # A record tells no folders of this machine; who typed them wants them back.
+                kept = {"measurements": run.measurements, "parameters": run.parameters}
+                print_results(console, card, as_record(run) | kept)
             elif run.measurements:
                 print(f"who brought {run.paper} is not here any more: these are its figures, without a card and claims")
             if (every or card is None) and run.measurements:
