@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from paperworks.decoding import Drafter, DraftingData, Sampling, Target, collect, generate, rank_accuracy, train_drafter
+from paperworks.decoding.draft_layer import DraftLayer
 from paperworks.decoding.drafter import Committed
 from paperworks.decoding.fspad import FSPAD, FeatureSampling
 from tests.decoding.conftest import FAMILIES, distance, enumerate_law, make_model, model_law, output, scramble
@@ -458,3 +459,15 @@ def test_paper_defaults(model):
 def test_bad_options_are_refused(model, options, words):
     with pytest.raises(ValueError, match=words):
         FSPAD.from_target(model, **options)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "llama"])
+def test_a_draft_layer_reads_the_whole_text_behind_a_targets_window(family):
+    model = make_model(family, dtype=torch.float32)
+    layer = DraftLayer(Target(model))
+    states = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    changed = states.clone()
+    changed[0, 0] += 1
+    with torch.no_grad():
+        one, other = (layer(part)[0, -1] for part in (states, changed))
+    assert float((one - other).abs().max()) > 1e-4
