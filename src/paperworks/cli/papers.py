@@ -60,7 +60,7 @@ def _print_papers(papers: list[Paper], as_json: bool, *, by_room: bool = False) 
         room = paper.room
         status = records.status(paper)
         here = f"{status}: {in_words(found[paper.slug])}" if status == "measured" else status
-        if all(record["scale"] == "tiny" for record in records.records_of(paper.slug)) and status == "measured":
+        if status == "measured" and all(record["scale"] == "tiny" for record in records.records_of(paper.slug)):
             here = "runs, tried at scale tiny"
         table.add_row(paper.slug, paper.summary.split(". ")[0].rstrip("."), here)
     terminal().print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from paperworks.lab.recipe import MOST_COLUMNS, recipes
 from paperworks.lab.records import as_record, command, interval, machine
 from paperworks.lab.run import Measurement, Run
-from paperworks.lab.verdicts import Verdict, in_words, verdicts
+from paperworks.lab.verdicts import TINY, Verdict, in_words, verdicts
 from paperworks.papers import Paper
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def print_results(console: Console, paper: Paper, record: Mapping[str, Any]) -> 
     console.print(rendered(*table(paper.slug, record["measurements"]), console.width), highlight=False, markup=False)
     console.print(f"\n{told(record)}\n{command(record)}\n", highlight=False, markup=False, soft_wrap=True)
     if record["scale"] == "tiny":
-        console.print("Seconds long, scale tiny shows that it works; it says nothing of the claims.", highlight=False)
+        console.print(f"Seconds long, {TINY}.", highlight=False)
     else:
         print_claims(console, verdicts(paper, [record]))
 

@@ -180,6 +180,18 @@ def read_entries(session: Session, query: Any) -> list[tuple[int, Entry]]:
     return [(row.id, of_row(row)) for row in session.execute(query)]
 
 
+def entry_id_of(session: Session, key: str) -> int:
+    """The number of the row of the paper with this key.
+
+    Raises:
+        UsageError: The index holds none.
+    """
+    id = session.scalar(select(EntryRow.id).where(EntryRow.key == key))
+    if id is None:
+        raise UsageError(f"the index holds no paper {key!r}; search for it, or submit it")
+    return id
+
+
 def of_row(row: Any) -> Entry:
     """The paper of a row that holds `ENTRY_COLUMNS`."""
     values = {name: getattr(row, name) for name in _FIELDS}

@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import Store
-from paperworks.page.entries import ENTRY_COLUMNS, Entry, read_entries
+from paperworks.page.entries import ENTRY_COLUMNS, Entry, entry_id_of, read_entries
 from paperworks.page.tables import EntryRow, ReadingRow, UserRow
 
 MOST = 500
@@ -27,9 +27,7 @@ def keep(store: Store, user_id: int, key: str) -> None:
         UsageError: There is no such person or paper, or the list is full.
     """
     with store.writing(alone=True) as session:
-        entry_id = session.scalar(select(EntryRow.id).where(EntryRow.key == key))
-        if entry_id is None:
-            raise UsageError(f"the index holds no paper {key!r}; search for it, or submit it")
+        entry_id = entry_id_of(session, key)
         if session.get(UserRow, user_id) is None:
             raise UsageError(f"there is no account {user_id}; log in to keep a reading list")
         if session.get(ReadingRow, (user_id, entry_id)) is not None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from paperworks.errors import UsageError
 from paperworks.lab.store import Store
-from paperworks.page.entries import ENTRY_COLUMNS, Entry, read_entries
+from paperworks.page.entries import ENTRY_COLUMNS, Entry, entry_id_of, read_entries
 from paperworks.page.tables import EntryRow, UserRow, VoteRow
 
 
@@ -29,7 +29,7 @@ def vote(store: Store, user_id: int, key: str) -> int:
         UsageError: There is no such person or paper.
     """
     with store.writing(alone=True) as session:
-        entry_id = _entry_id(session, key)
+        entry_id = entry_id_of(session, key)
         if session.get(UserRow, user_id) is None:
             raise UsageError(f"there is no account {user_id}; log in to vote")
         if session.get(VoteRow, (user_id, entry_id)) is None:
@@ -48,7 +48,7 @@ def unvote(store: Store, user_id: int, key: str) -> int:
         UsageError: There is no such paper.
     """
     with store.writing(alone=True) as session:
-        entry_id = _entry_id(session, key)
+        entry_id = entry_id_of(session, key)
         session.execute(delete(VoteRow).where(VoteRow.user_id == user_id, VoteRow.entry_id == entry_id))
         return _count(session, entry_id)
 
@@ -79,13 +79,6 @@ def votes_by(store: Store, user_id: int) -> list[Entry]:
     with store.reading() as session:
         found = read_entries(session, query.order_by(VoteRow.at.desc(), EntryRow.id.desc()))
     return [entry for _, entry in found]
-
-
-def _entry_id(session: Session, key: str) -> int:
-    id = session.scalar(select(EntryRow.id).where(EntryRow.key == key))
-    if id is None:
-        raise UsageError(f"the index holds no paper {key!r}; search for it, or submit it")
-    return id
 
 
 def _count(session: Session, entry_id: int) -> int:
