@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Medusa": ("Medusa", {}),
     "Hydra": ("Hydra", {}),
+    "Hydra, 3 heads": ("Hydra", {"heads": 3}),
     "Hydra++": ("Hydra", {"prefix_layer": True, "layers": 4}),
     "Chimera": ("Chimera", {}),
     "Chimera, no trigrams": ("Chimera", {"trigram": False}),
