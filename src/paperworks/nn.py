@@ -88,3 +88,53 @@ class _PackedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
         return MethodType(nn.Linear.forward, copy.deepcopy(self.layer, memo))
+
+
+class FlatNetwork:
+    """A network as a function of one vector of weights, so that many networks of one shape run at once.
+
+    Args:
+        module: Any module whose `forward` takes one tensor; its own weights stay as they are, and buffers are constants.
+
+    Attributes:
+        size: Number of weights d.
+        shapes: Shape of each weight by name, in the order in which they lie in the vector.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> network = FlatNetwork(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        >>> network.size, network(torch.randn(5, network.size), torch.ones(7, 3)).shape
+        (26, torch.Size([5, 7, 2]))
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.shapes = {name: weight.shape for name, weight in module.named_parameters()}
+        self.size = sum(shape.numel() for shape in self.shapes.values())
+        self._buffers = dict(module.named_buffers())
+
+    @property
+    def weights(self) -> Tensor:
+        """The module's own weights as one vector (d,)."""
+        return torch.cat([weight.detach().reshape(-1) for weight in self.module.parameters()])
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        """Vectors (..., d) as weights by name, (..., *shape)."""
+        parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=-1)
+        return {
+            name: part.reshape(*weights.shape[:-1], *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def __call__(self, weights: Tensor, x: Tensor) -> Tensor:
+        """Outputs (..., n, outputs) of inputs x (n, inputs) for each vector of weights (..., d)."""
+        if weights.shape[-1] != self.size:
+            raise ValueError(f"this network has {self.size} weights, got vectors of {weights.shape[-1]}")
+
+        def one(flat: Tensor) -> Tensor:
+            return torch.func.functional_call(self.module, (self.named(flat), self._buffers), (x,))
+
+        if weights.ndim == 1:
+            return one(weights)
+        found: Tensor = torch.func.vmap(one)(weights.reshape(-1, self.size))
+        return found.reshape(*weights.shape[:-1], *found.shape[1:])

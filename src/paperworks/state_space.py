@@ -1,0 +1,1 @@
+"""Gaussian processes over time in state-space form."""
