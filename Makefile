@@ -10,7 +10,7 @@ SCRIPTS := django-htmx==1.29.0
 .PHONY: demo test check bench docs serve clean
 
 demo: .venv/llm.stamp
-	$(BIN)/paperworks run hydra
+	$(BIN)/paperworks run hydra --heads shipped
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q

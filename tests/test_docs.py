@@ -98,5 +98,4 @@ def test_plugins_have_a_page_and_own_data_names_every_recipe(pages):
             if parameter.names and name not in ("draft", "text_model")
         ]
         assert line, f"{slug} is not in own-data.md"
-        if slug != "dynamic-inference":
-            assert all(f"`--{name}`" in line for name in named), (slug, named)
+        assert all(f"`--{name}`" in line for name in named), (slug, named)

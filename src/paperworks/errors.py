@@ -5,9 +5,22 @@ from pathlib import Path
 from traceback import walk_tb
 
 # Modules that bear another name than the package which brings them.
-_PACKAGES = {"PIL": "pillow", "argon2": "argon2-cffi", "multipart": "python-multipart", "sklearn": "scikit-learn"}
+_PACKAGES = {
+    "PIL": "pillow",
+    "argon2": "argon2-cffi",
+    "arviz_stats": "arviz-stats",
+    "multipart": "python-multipart",
+    "pyro": "pyro-ppl",
+    "sklearn": "scikit-learn",
+}
 # Several extras bring torch: which of them a user wants hangs on what they are at.
-_EXTRAS = {"page": "page", "representation": "analysis", "inspection": "analysis"}
+_EXTRAS = {
+    "page": "page",
+    "representation": "analysis",
+    "inspection": "analysis",
+    "uncertainty": "bayes",
+    "tuning": "bayes",
+}
 
 
 class PaperworksError(Exception):
@@ -35,14 +48,19 @@ class UsageError(PaperworksError, ValueError):
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """The sentence that says which extra brings a package that is not installed; None where no extra does.
 
+    Libraries raise this error without a name too, where a part of their own could not be imported.
+
     Example:
         >>> missing_extra(ModuleNotFoundError(name="fastapi"))
         "fastapi is not installed: pip install 'paperworks[page]'"
         >>> missing_extra(ModuleNotFoundError(name="paperworks.nothing"))
+        >>> missing_extra(ModuleNotFoundError("Could not import module 'LlamaForCausalLM'"))
     """
     from importlib.metadata import requires
 
-    module = (error.name or "").partition(".")[0]
+    if not error.name:
+        return None
+    module = error.name.partition(".")[0]
     package = _PACKAGES.get(module, module)
     pattern = re.compile(rf"{re.escape(package)}\b(?!-).*; extra == ['\"]([a-z]+)['\"]")
     found = [match[1] for line in requires("paperworks") or () if (match := pattern.match(line))]

@@ -120,7 +120,7 @@ class FlatNetwork:
 
     def named(self, weights: Tensor) -> dict[str, Tensor]:
         """Vectors (..., d) as weights by name, (..., *shape)."""
-        parts = weights.split([shape.numel() for shape in self.shapes.values()], dim=-1)
+        parts = torch.split(weights, [shape.numel() for shape in self.shapes.values()], dim=-1)
         return {
             name: part.reshape(*weights.shape[:-1], *shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
@@ -132,7 +132,8 @@ class FlatNetwork:
             raise ValueError(f"this network has {self.size} weights, got vectors of {weights.shape[-1]}")
 
         def one(flat: Tensor) -> Tensor:
-            return torch.func.functional_call(self.module, (self.named(flat), self._buffers), (x,))
+            found: Tensor = torch.func.functional_call(self.module, (self.named(flat), self._buffers), (x,))
+            return found
 
         if weights.ndim == 1:
             return one(weights)

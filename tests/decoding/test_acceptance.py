@@ -139,7 +139,18 @@ def test_sampling_law_equals_transformers_warpers(top_k, top_p):
     torch.testing.assert_close(ours, scores.softmax(-1))
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"temperature": 1e-39},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
 def test_sampling_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
@@ -178,3 +189,9 @@ def test_a_draw_is_the_inverse_of_the_summed_law_to_the_last_token(monkeypatch):
         expected = int((sums <= point * sums[-1]).sum()) if token is None else token
         assert draw(law.expand(2, -1)).tolist() == [expected] * 2
         assert token is not None or expected > 1
+
+
+@pytest.mark.parametrize("total", [0.5, 1.0, 3.0])
+def test_a_uniform_number_that_rounds_to_1_draws_the_last_possible_token(total, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.ones(shape, dtype=torch.float64))
+    assert draw(total * torch.tensor([[0.0, 0.75, 0.25, 0.0], [0.25, 0.75, 0.0, 0.0]])).tolist() == [2, 1]

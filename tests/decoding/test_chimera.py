@@ -128,6 +128,13 @@ def test_2_initial_trigram_encoder_is_linear(model):
     torch.testing.assert_close(e, drafter.encoder.project.weight @ c, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_2_embeddings_are_read_at_unit_size(family):
+    model = make_model(family)
+    embedded = model.get_input_embeddings()(torch.arange(40)) * Chimera.from_target(model).embedding_scale
+    assert float(embedded.detach().square().mean()) == pytest.approx(1, rel=1e-5)
+
+
 def test_3_e_sees_three_tokens_and_g_all_of_them(model):
     for options in ({}, {"context_layers": 0}):
         drafter = scramble(Chimera.from_target(model, heads=1, tree=[(0,)], **options))

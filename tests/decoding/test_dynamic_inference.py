@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CodeGenConfig, GPT2Config
 
 from paperworks.decoding import Target, TreeCache
 from paperworks.decoding.dynamic_inference import DynamicInference, Reading, choose
-from paperworks.decoding.layer_exit import Action, ExitCache, read_token
+from paperworks.decoding.layer_exit import Action, ExitCache, layer_outputs, read_token
 from tests.decoding.conftest import FAMILIES
 
 OFF = {"exit_threshold": 100.0, "stop_threshold": 100.0}
@@ -623,6 +623,15 @@ def test_models_without_a_list_of_layers_are_refused():
     model.model.norm = torch.nn.Identity()
     with pytest.raises(ValueError, match="no final norm"):
         DynamicInference(model, head="tuned")
+
+
+def test_layers_that_do_not_all_make_states_of_the_last_ones_shape_are_refused(monkeypatch):
+    model = deep_model()
+    last = model.model.layers[-1]
+    whole = last.forward
+    monkeypatch.setattr(last, "forward", lambda *args, **kwargs: whole(*args, **kwargs)[:, 1:])
+    with pytest.raises(ValueError, match="each of which makes a state of the next"):
+        layer_outputs(Target(model), text(), [1, 4])
 
 
 def test_the_model_is_left_as_it_was(monkeypatch):

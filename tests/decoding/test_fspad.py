@@ -106,6 +106,13 @@ def test_an_untrained_fspad_is_eagle_2(model):
     assert not full.sampling.down.weight.any() and torch.equal(full.align.weight, torch.eye(16, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embeddings_are_read_at_unit_size(family):
+    model = make_model(family)
+    embedded = model.get_input_embeddings()(torch.arange(40)) * FSPAD.from_target(model, **SMALL).embedding_scale
+    assert float(embedded.detach().square().mean()) == pytest.approx(1, rel=1e-5)
+
+
 def test_eagles_layer_has_no_norm_before_its_attention(model):
     drafter = FSPAD.from_target(model, **SMALL, layers=2)
     first, second = drafter.layer.model.layers

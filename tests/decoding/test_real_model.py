@@ -103,3 +103,27 @@ def test_two_tokens_at_temperature_1_follow_the_models_law(name, real, two_token
         observed.append(rows - sum(observed))
         expected.append(rest)
     assert chisquare(observed, expected, sum_check=False).pvalue > 1e-3
+
+
+def test_the_heads_that_come_with_the_package_draft_for_it_without_changing_its_text():
+    from paperworks.hub import load_model
+    from paperworks.lab.run import Run
+    from paperworks.recipes.decoding.drafting import shipped
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = load_model("smollm2-135m", dtype=dtype)
+        drafter = shipped(Run("hydra"), model, model="smollm2-135m", nodes=8)
+        assert drafter is not None and len(drafter.tree) == 9
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
+    drafter = shipped(Run("hydra"), model, model="smollm2-135m", nodes=8)
+    turn = [{"role": "user", "content": "Name three fruits and say what each tastes like."}]
+    ids = tokenizer.apply_chat_template(
+        turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
+    result = generate(model, ids, drafter=drafter, max_new_tokens=64)
+    assert result.sequences.tolist() == model.generate(ids, max_new_tokens=64, do_sample=False).tolist()
+    # Heads of another model, or untrained ones, would hardly ever be right.
+    assert result.statistics.accepted_per_call > 1.4
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] += 1
+    assert shipped(Run("hydra"), model, model="smollm2-135m", nodes=8) is None

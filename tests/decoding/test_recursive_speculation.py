@@ -23,7 +23,7 @@ from paperworks.decoding import (
     train_drafter,
 )
 from paperworks.decoding import recursive_speculation as module
-from paperworks.decoding.draft_model import first_layers
+from paperworks.decoding.draft_model import DraftModel, first_layers
 from paperworks.decoding.drafter import Committed
 from paperworks.decoding.recursive_speculation import (
     ConstantBranching,
@@ -492,6 +492,23 @@ def test_draft_and_its_cache_equal_fresh_forwards(family, name, tree, monkeypatc
                 torch.testing.assert_close(proposed.draft_probs[row, parent], law, atol=1e-9, rtol=0)
 
 
+def test_what_was_accepted_is_not_read_again_and_a_row_that_ended_takes_no_more_places():
+    model, width = draft_model(), []
+    draft = DraftModel(model, batch=2)
+    model.get_input_embeddings().register_forward_hook(lambda module, ids, output: width.append(ids[0].shape[1]))
+    with torch.no_grad():
+        draft.read(Committed(torch.tensor([[3, 1, 2], [5, 6, 0]]), torch.zeros(2, 3, 16), [3, 2]), torch.tensor([4, 7]))
+        tree = TokenTree(torch.tensor([[4, 8, 20, 9], [7, 8, 20, 9]]), torch.tensor([[-1, 0, 0, 1]] * 2))
+        draft.extend(tree, first=1)
+        assert draft.cache.lengths == [4, 3]
+        # The first row keeps 8 and 9, of which 20 is no part; the second is done.
+        committed = Committed(torch.tensor([[4, 8, 9], [0, 0, 0]]), torch.zeros(2, 3, 16), [3, 0])
+        scores = draft.read(committed, torch.tensor([10, 0]))
+        assert width[-2:] == [3, 1] and draft.cache.lengths == [7, 3]
+        fresh = model(torch.tensor([[3, 1, 2, 4, 8, 9, 10]])).logits[0, -1]
+    torch.testing.assert_close(scores[0, 0], fresh, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("tree", TREES)
 def test_at_temperature_zero_the_text_is_the_targets_greedy_text(family, tree, prompt):
@@ -538,6 +555,14 @@ def test_saved_and_loaded_drafts_the_same(kind, model, prompt, tmp_path):
                  generator=torch.Generator().manual_seed(3)) for d in (drafter, again)
     ]  # fmt: skip
     assert texts[0].statistics.emitted == texts[1].statistics.emitted and texts[0].new_tokens == texts[1].new_tokens
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_loaded_draft_attends_as_its_target_does(implementation, tmp_path):
+    model = make_model(implementation=implementation)
+    RecursiveSpeculation.from_target(model, draft=draft_model()).save_pretrained(tmp_path)
+    again = Drafter.from_pretrained(tmp_path, model)
+    assert again.draft.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("family", FAMILIES)

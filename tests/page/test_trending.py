@@ -6,7 +6,9 @@ import math
 import random
 import time
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from paperworks.errors import UsageError
@@ -16,7 +18,7 @@ from paperworks.page import index as index_module
 from paperworks.page.entries import Entry
 from paperworks.page.index import Index
 from paperworks.page.tables import EntryRow, UserRow, VoteRow
-from paperworks.page.trending import FORMULA, PERIODS, trending
+from paperworks.page.trending import FORMULA, PERIODS, _added_up, _fresh, trending
 from paperworks.papers import load_cards
 
 DAY = 86400.0
@@ -109,6 +111,30 @@ def test_votes_bring_an_old_paper_before_a_new_one_until_they_are_old(store):
     fill(store, entries, {0: [0.1, 0.2, 0.3], 2: [9.0] * 5}, {})
     assert [trend.entry.title for trend in trending(store, "week")] == ["Paper 0", "Paper 1", "Paper 2"]
     assert [trend.entry.title for trend in trending(store, "month")] == ["Paper 2", "Paper 0", "Paper 1"]
+
+
+def test_a_day_a_week_and_a_month_are_1_7_and_30_days(store):
+    fill(store, [paper(0, 400)], {0: [0.99, 1.01, 6.99, 7.01, 29.99, 30.01]}, {})
+    assert [trending(store, period)[0].votes for period in ("day", "week", "month")] == [1, 3, 5]
+    assert trending(store)[0].votes == 3
+
+
+def test_what_a_clock_ahead_of_ours_tells_counts_as_fresh_and_no_more(store):
+    fill(store, [paper(0, 50), paper(1, -0.1)], {0: [-0.1, -0.2]}, {})
+    assert [(trend.score, trend.votes) for trend in trending(store, "day")] == [(2.0, 2), (1.0, 0)]
+
+
+def test_what_counts_halves_with_each_half_of_the_period_and_ends_with_it():
+    ages = np.array([-3.0, 0.0, 0.5, 5.0, 7.5, 9.99, 10.0, 11.0])
+    expected = [1.0, 1.0, 2**-0.1, 0.5, 2**-1.5, 2**-1.998, 0.0, 0.0]
+    assert _fresh(ages, 10.0).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_votes_of_papers_that_came_while_the_others_were_read_are_nobodys():
+    votes = [(5.0, 100.0), (7.0, 100.0), (9.0, 95.0), (1.0, 100.0), (12.0, 100.0), (5.0, 90.5)]
+    session = SimpleNamespace(execute=lambda query: SimpleNamespace(all=lambda: votes))
+    weights, counts = _added_up(session, None, np.array([2.0, 5.0, 9.0]), 100.0, 10.0)
+    assert weights.tolist() == pytest.approx([0.0, 1 + 2**-1.9, 0.5]) and counts.tolist() == [0, 2, 1]
 
 
 def test_only_finished_runs_count(store):

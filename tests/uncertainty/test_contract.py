@@ -101,7 +101,10 @@ def test_far_from_the_data_the_band_is_no_narrower(name):
     found = subject(name, "far")
     X, y = table(found)
     model = found.make().fit(X, y)
-    assert model.predict(20 + 20 * np.abs(X[:5]), return_std=True)[1].min() >= 0.99 * model.predict(X, return_std=True)[1].mean()
+    assert (
+        model.predict(20 + 20 * np.abs(X[:5]), return_std=True)[1].min()
+        >= 0.99 * model.predict(X, return_std=True)[1].mean()
+    )
 
 
 @every_regressor
@@ -212,7 +215,9 @@ def test_a_pipeline_and_a_grid_search_take_it(name):
     estimator = found.make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        search = GridSearchCV(estimator, {"random_state": [0, 1]} if "random_state" in estimator.get_params() else {}, cv=2)
+        search = GridSearchCV(
+            estimator, {"random_state": [0, 1]} if "random_state" in estimator.get_params() else {}, cv=2
+        )
         assert np.isfinite(search.fit(X, y).best_score_)
     assert type(clone(estimator)) is type(estimator)
 

@@ -58,7 +58,8 @@ def write(
     Args:
         prompt: What the user says.
         model: Name of the model.
-        method: "plain", or a drafter of `paperworks.recipes.decoding.drafting.DRAFTERS` in any case. It is trained on text that the
+        method: "plain", or a drafter of `paperworks.recipes.decoding.drafting.DRAFTERS` in any case. Hydra's heads for
+            smollm2-135m come with the package; else it is trained on text that the
             model writes itself, as its recipe does by default, and kept; its tree is the one of most tokens a second on
             this machine, where that is fixed, or none where no drafting pays.
         drafter: Folder of a saved drafter to use instead, such as `paperworks.consult.training.train` leaves.
@@ -150,14 +151,17 @@ def _options(config: Any, temperature: float | None, top_k: int | None, top_p: f
 
 
 def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Display | None) -> Any:
-    """The drafter called `method`, trained as its recipe trains it; None for plain decoding."""
-    from paperworks.recipes.decoding.drafting import Drafting, drafter_named, trained
+    """The drafter called `method`, as it comes with the package or trained as its recipe trains it; None for plain decoding."""
+    from paperworks.recipes.decoding.drafting import Drafting, drafter_named, shipped, trained
 
     if method.lower() == "plain":
         return None
+    name, run = drafter_named(method), Run("hydra", display=display)
+    if name == "Hydra" and (ready := shipped(run, target, model=model, nodes=None)) is not None:
+        return ready
     # The recipes' own parameters make the same key, so that what `paperworks run` trained is used again.
     work = Drafting()
     return trained(
-        Run("hydra", display=display), drafter_named(method), target, tokenizer, model=model, tokens=work.train_tokens,
+        run, name, target, tokenizer, model=model, tokens=work.train_tokens,
         epochs=work.epochs, vocabulary=work.draft_vocabulary, nodes=None, seed=0,
     )  # fmt: skip

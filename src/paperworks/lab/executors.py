@@ -12,6 +12,7 @@ import importlib
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from paperworks.lab.environment import environment
 from paperworks.lab.recipe import Recipe, find
 from paperworks.lab.run import Artefact, Entry, Environment, Run, Status, one_by_one
 from paperworks.lab.store import Store
+from paperworks.papers import Source, load_cards, source_of, sources
 
 _HEARTBEAT = 10.0
 
@@ -65,8 +67,8 @@ def execute(
         The run: finished, or failed with its error and traceback. A recipe that leaves by `sys.exit` has failed.
 
     Raises:
-        UsageError: The recipe, an option, the scale, the store or the place is unknown, or the run of this identity
-            has begun or is over; nothing is stored.
+        UsageError: The recipe, an option, the scale, the store or the place is unknown, the place lacks the package that
+            brings the recipe, or the run of this identity has begun or is over; nothing is stored.
         KeyboardInterrupt: The user or a signal stopped it; by then the run is kept as interrupted.
 
     Example:
@@ -85,6 +87,7 @@ def execute(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed is a whole number of at least 0, not {seed!r}")
     place = executor(on)
+    place.check(chosen)
     if isinstance(store, Store):
         return _execute(chosen, options, scale, seed, store, place, show_progress, run_id, stopped)
     with Store(store) as opened:
@@ -225,6 +228,9 @@ def _work(recipe: Recipe, run: Run) -> None:
 class Executor(Protocol):
     """A place where runs take place."""
 
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that cannot be carried out there, before a run of it begins."""
+
     def work(self, recipe: Recipe, run: Run) -> None:
         """Carry out the recipe and have all it records kept by the run."""
 
@@ -255,6 +261,9 @@ def executor(on: str = "here") -> Executor:
 class Here:
     """This process."""
 
+    def check(self, recipe: Recipe) -> None:
+        """What is found here can be carried out here."""
+
     def work(self, recipe: Recipe, run: Run) -> None:
         """Carry out the recipe in this process."""
         _work(recipe, run)
@@ -268,6 +277,8 @@ class Here:
 
 class OnRay:
     """A Ray cluster.
+
+    Folders of papers that are included travel with the process that joins it, to all its workers.
 
     Args:
         on: "ray", "auto" or "ray://host:port", as for `execute`. A Ray that this process has joined already
@@ -284,6 +295,26 @@ class OnRay:
             raise UsageError(f'running on {on} needs Ray: pip install "paperworks[ray]"') from None
         if not self._ray.is_initialized():
             _join(self._ray, on)
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe whose package no worker has: that of a plugin, or a folder included after Ray was joined.
+
+        Raises:
+            UsageError: A worker that was asked lacks it.
+        """
+        paper = load_cards().get(recipe.paper)
+        source = source_of(paper) if paper is not None else None
+        if source is None:
+            return
+        names = [source.module] if source.module else [path.stem for path in _modules(source)]
+        if lacking := self._result(self._ray.remote(num_cpus=1)(_lacks).remote(names)):
+            raise UsageError(
+                f"workers of this Ray lack {' and '.join(lacking)}, where {recipe.paper} comes from ({source.name}): install "
+                "it there, or include its folder before Ray is joined"
+            )
+        if not source.module:
+            # A recipe's file bears a name of its own here, by which it cannot be imported there.
+            self._ray.cloudpickle.register_pickle_by_value(sys.modules[recipe.function.__module__])
 
     def work(self, recipe: Recipe, run: Run) -> None:
         """Carry out the recipe in one task of the cluster, and keep here what it records there."""
@@ -333,6 +364,22 @@ class OnRay:
             raise
 
 
+def _modules(source: Source) -> list[Path]:
+    """The package that brings a paper, or what lies in a folder that is none and can be imported where a recipe of it runs."""
+    if source.module:
+        return [source.folder]
+    # What bears the name of a module of Python's does not stand in for it here, nor there.
+    return [
+        path
+        for path in sorted(source.folder.iterdir())
+        if path.stem not in sys.stdlib_module_names and (path.suffix == ".py" or (path / "__init__.py").is_file())
+    ]
+
+
+def _lacks(names: Sequence[str]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
 def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
@@ -371,6 +418,8 @@ class _Line:
 
 def _join(ray: Any, on: str) -> None:
     options: dict[str, Any] = {"namespace": "paperworks", "log_to_driver": False, "logging_level": "ERROR"}
+    if brought := [str(path) for source in sources() if source.included for path in _modules(source)]:
+        options["runtime_env"] = {"py_modules": brought}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if on == "ray":

@@ -112,8 +112,15 @@ def print_results(console: Console, paper: Paper, record: Mapping[str, Any]) -> 
     console.print(f"\n{told(record)}\n{command(record)}\n", highlight=False, markup=False, soft_wrap=True)
     if record["scale"] == "tiny":
         console.print(f"Seconds long, {TINY}.", highlight=False)
+        return
+    found = verdicts(paper, [record])
+    if found and all(verdict.measurement is None for verdict in found):
+        told_elsewhere = (
+            f"None of the paper's {len(found)} claims is measured with these options: `paperworks claims {paper.slug}`"
+        )
+        console.print(told_elsewhere, highlight=False, markup=False, soft_wrap=True)
     else:
-        print_claims(console, verdicts(paper, [record]))
+        print_claims(console, found)
 
 
 def print_claims(console: Console, found: Sequence[Verdict]) -> None:

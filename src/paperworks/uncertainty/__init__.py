@@ -11,3 +11,17 @@ another unit give predictions in that unit; far from the data bands do not get n
 quantiles and draws are its own; one row, one column, constant targets are taken, and NaN and too many rows are one clear
 sentence.
 """
+
+from paperworks.uncertainty.scale_mixture_nngp import (
+    NNGPKernel,
+    ScaleMixtureNNGPClassifier,
+    ScaleMixtureNNGPRegressor,
+    WideNetworkLimit,
+)
+
+__all__ = [
+    "NNGPKernel",
+    "ScaleMixtureNNGPClassifier",
+    "ScaleMixtureNNGPRegressor",
+    "WideNetworkLimit",
+]

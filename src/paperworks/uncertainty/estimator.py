@@ -207,7 +207,7 @@ class ProbabilisticRegressor(RegressorMixin, Probabilistic):  # type: ignore[mis
         """
         levels = np.atleast_1d(check_array(np.atleast_1d(quantiles), dtype=np.float64, ensure_2d=False))
         if levels.ndim != 1 or not ((levels > 0) & (levels < 1)).all():
-            raise ValueError(f"quantiles are between 0 and 1, ends excluded, got {quantiles}")
+            raise ValueError(f"quantiles are between 0 and 1, ends excluded, got {levels.tolist()}")
         law = self._predictive(self._features(X))
         found = [
             quantile(law, torch.full(law.batch_shape, float(level), dtype=torch.float64)) * self._scale + self._mean
@@ -234,7 +234,7 @@ class ProbabilisticRegressor(RegressorMixin, Probabilistic):  # type: ignore[mis
             raise ValueError(f"n_samples is a whole number of at least 1, got {n_samples}")
         features = self._features(X)
         drawn = self._draws(features, int(n_samples), generator_of(random_state))
-        return np.stack([self._shaped(one * self._scale + self._mean) for one in drawn], axis=-1)
+        return self._shaped((drawn * self._scale + self._mean).movedim(0, -1))
 
     @property
     def _mean(self) -> Tensor:
@@ -311,7 +311,8 @@ class ProbabilisticClassifier(ClassifierMixin, Probabilistic):  # type: ignore[m
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The likeliest class of each row (n,)."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(1)]
 
     def log_predictive_density(self, X: ArrayLike, y: ArrayLike) -> Array:
         """Log probability (n,) of each row's label, in nats."""

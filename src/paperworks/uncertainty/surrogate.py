@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from botorch.models.model import Model
-from botorch.posteriors import Posterior
+from botorch.posteriors import GPyTorchPosterior, Posterior
+from gpytorch.distributions import MultivariateNormal
+from scipy.special import chdtri, ndtr
 from torch import Tensor
 
 
@@ -53,3 +55,56 @@ class SurrogateModel(Model):
             raise ValueError("observation_noise is True or False: the noise is the model's own")
         found = self._of(X, observation_noise)
         return found if posterior_transform is None else posterior_transform(found)
+
+
+def joint_posterior(mean: Tensor, covariance: Tensor, degrees: float | None = None) -> GPyTorchPosterior:
+    """Normal or, with degrees of freedom, Student's t, of n targets together.
+
+    Args:
+        mean: (b1 x ... x n).
+        covariance: (b1 x ... x n x n); of a t its scale matrix.
+        degrees: Of freedom.
+    """
+    normal = MultivariateNormal(mean, covariance)
+    return GPyTorchPosterior(normal) if degrees is None else StudentTPosterior(normal, degrees)
+
+
+class StudentTPosterior(GPyTorchPosterior):
+    """A multivariate t: a normal law whose scale is drawn too, one for all targets of a draw.
+
+    Base samples have one normal number more than there are targets, which tells the scale; quasi-random ones serve.
+
+    Args:
+        normal: Its centre and scale matrix.
+        degrees: Of freedom.
+    """
+
+    def __init__(self, normal: MultivariateNormal, degrees: float) -> None:
+        super().__init__(normal)
+        self.degrees = degrees
+
+    @property
+    def base_sample_shape(self) -> torch.Size:
+        """Of the targets, and one more."""
+        *batch, targets = super().base_sample_shape
+        return torch.Size([*batch, targets + 1])
+
+    @property
+    def variance(self) -> Tensor:
+        """Infinite up to two degrees of freedom."""
+        share = self.degrees / (self.degrees - 2) if self.degrees > 2 else torch.inf
+        return super().variance * share
+
+    def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
+        """Draws (sample_shape x b1 x ... x n x 1) made of base samples, differentiable in the features."""
+        found = super().rsample_from_base_samples(sample_shape, base_samples[..., :-1])
+        told = base_samples[..., -1:, None].detach().cpu().numpy()
+        # By the upper tail, in which small scales lie.
+        squares = torch.as_tensor(chdtri(self.degrees, ndtr(-told)), dtype=found.dtype, device=found.device)
+        return self.mean + (found - self.mean) * (self.degrees / squares).sqrt()
+
+    def rsample(self, sample_shape: torch.Size | None = None) -> Tensor:
+        """Draws (sample_shape x b1 x ... x n x 1)."""
+        shape = torch.Size([1]) if sample_shape is None else sample_shape
+        base = torch.randn(*shape, *self.base_sample_shape, dtype=self.dtype, device=self.device)
+        return self.rsample_from_base_samples(shape, base)

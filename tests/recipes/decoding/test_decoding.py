@@ -64,12 +64,50 @@ def test_one_training_serves_trees_of_every_size(tmp_path, monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_no_nodes_is_one_sentence_before_anything_is_trained(tmp_path):
-    with pytest.raises(UsageError, match="nodes takes a whole number of at least 1, not 0"):
-        execute("hydra", scale="tiny", parameters={"nodes": 0}, show_progress=False)
+def test_fewer_than_no_nodes_is_one_sentence_before_anything_is_trained(tmp_path):
+    with pytest.raises(UsageError, match="nodes takes a whole number of at least 0, not -1"):
+        execute("hydra", scale="tiny", parameters={"nodes": -1}, show_progress=False)
     assert not (tmp_path / "paperworks").exists()
+
+
+def test_no_number_of_nodes_leaves_it_to_the_machine(monkeypatch):
+    from paperworks.recipes.decoding import drafting
+
+    chosen, fitted = [], drafting.fitted
+
+    def noted(run, name, folder, target, nodes):
+        chosen.append(nodes)
+        return fitted(run, name, folder, target, 2)
+
+    monkeypatch.setattr(drafting, "fitted", noted)
+    execute("hydra", scale="tiny", parameters={"nodes": 0, "prefix_layer": False}, show_progress=False)
+    assert chosen == [None, None]
 
 
 def test_unknown_model_is_one_sentence():
     run = execute("hydra", scale="tiny", parameters={"model": "no-such-model"}, show_progress=False)
     assert run.status == "failed" and "no-such-model" in run.error and getattr(run.exception, "exit_status", 1) == 2
+
+
+def test_shipped_heads_are_for_their_own_model_alone():
+    import json
+    from pathlib import Path
+
+    import paperworks.recipes.decoding.drafting as drafting
+    from paperworks.hub import load_model
+
+    folder = Path(drafting.__file__).parent / "heads" / "smollm2-135m"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 15 * 2**20
+    told = json.loads((folder / "config.json").read_text())
+    assert told["made_for"]["weights"].keys() == {"bfloat16"}
+    run = Run("hydra")
+    small, _ = load_model("tiny-random-llama")
+    assert drafting.shipped(run, small, model="tiny-random-llama", nodes=4) is None
+    # Of the same name, with other weights.
+    assert drafting.shipped(run, small, model="somewhere/smollm2-135m", nodes=4) is None
+    for options, sentence in (
+        ({"prefix_layer": False}, "no heads come with paperworks for tiny-random-llama"),
+        ({"prefix_layer": True}, "does not come with"),
+    ):
+        ended = execute("hydra", scale="tiny", parameters={"heads": "shipped", **options}, show_progress=False)
+        assert ended.status == "failed" and sentence in ended.error

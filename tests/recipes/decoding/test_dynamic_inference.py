@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+from itertools import chain
 
 import pytest
 
+from paperworks.errors import UsageError
+from paperworks.hub import load_model
 from paperworks.lab import execute
-from paperworks.recipes.decoding.dynamic_inference import rouge_l
+from paperworks.recipes.decoding.dynamic_inference import _own_corpus, rouge_l
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +56,59 @@ def test_rouge_l_is_that_of_every_common_subsequence():
         )
         assert rouge_l(one, other) == pytest.approx(expected)
     assert rouge_l([], [1]) == 0
+
+
+def test_code_of_ones_own_is_learnt_and_completed(tmp_path, monkeypatch):
+    (tmp_path / "own.rs").write_text("\n".join(f"fn add_{n}(a: u8) -> u8 {{ a + {n} }}" for n in range(120)))
+
+    def elsewhere(*_):
+        raise AssertionError("the standard library is not what was asked for")
+
+    monkeypatch.setattr("paperworks.recipes.decoding.dynamic_inference._corpus", elsewhere)
+    # At scale tiny prompts are the standard library's.
+    options = {"data": str(tmp_path / "own.rs"), "prompts": "auto"}
+    run = execute("dynamic-inference", scale="tiny", parameters=options, show_progress=False)
+    assert run.status == "finished", run.traceback
+    assert {"quality", "speed-up", "right within a third"} <= {m.name for m in run.measurements}
+    assert not any("HumanEval" in log.message for log in run.logs)
+
+
+def test_a_text_of_ones_own_is_taken_in_its_order_and_no_token_twice():
+    _, tokenizer = load_model("tiny-random-llama")
+    text = "".join(chr(97 + n % 26) for n in range(95))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts, pieces = _own_corpus(tokenizer, "own.txt", text, (3, 2, 1), 10, pieces=3, length=9)
+    assert [tuple(part.shape) for part in parts] == [(3, 10), (2, 10), (1, 10)]
+    assert [*(token for part in parts for token in part.flatten().tolist()), *chain.from_iterable(pieces)] == ids
+    assert len(pieces) == 3 and min(map(len, pieces)) >= 10
+    # To the token: 60 for the blocks, three pieces of ten.
+    assert _own_corpus(tokenizer, "own.txt", text[:90], (3, 2, 1), 10, pieces=3, length=9)
+    with pytest.raises(UsageError) as refused:
+        _own_corpus(tokenizer, "own.txt", text[:89], (3, 2, 1), 10, pieces=3, length=9)
+    assert str(refused.value) == (
+        "own.txt has 89 tokens, and 6 blocks of 10 with 3 prompts take 90: give more text, or lower block, context and "
+        "prompt_count"
+    )
+    with pytest.raises(UsageError, match=r"give more text, or head_blocks 22, controller_blocks 11, test_blocks 5$"):
+        _own_corpus(tokenizer, "own.txt", text[:90] * 10, (60, 30, 15), 10, pieces=50, length=9)
+    assert _own_corpus(tokenizer, "own.txt", text[:60], (3, 2, 1), 10, pieces=0, length=9)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "sentence"),
+    [
+        (b"\xff\xfe\x00", {}, "own.rs cannot be read as text or code: it is not text in UTF-8"),
+        (b" \n", {}, "own.rs cannot be read as text or code: the file is empty"),
+        (b"fn main() {}", {"prompts": "standard library"}, "own.rs is what is completed: leave prompts out, or give humaneval"),
+        (b"fn main() {}", {}, "own.rs has 12 tokens, and 18 blocks of 64 with 6 prompts take"),
+        (b"", {"data": "iris"}, "iris is no running text: give a text or code file, wikitext-2 or standard library"),
+        (b"", {"data": "there.is.none"}, "there.is.none"),
+        (b"", {"data": "."}, r"\. is a folder: give one file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_or_too_little_is_one_sentence(tmp_path, content, options, sentence):
+    (tmp_path / "own.rs").write_bytes(content)
+    options = {"data": str(tmp_path / "own.rs"), "prompts": "auto", **options}
+    run = execute("dynamic-inference", scale="tiny", parameters=options, show_progress=False)
+    assert run.status == "failed" and isinstance(run.exception, UsageError), run.traceback
+    assert re.search(sentence, run.error), run.error

@@ -69,7 +69,7 @@ class Drafting:
         train_tokens: Answer tokens the model writes to train the drafters on.
         epochs: Passes over them.
         draft_vocabulary: Draft only the most frequent tokens, so many; 0 drafts all.
-        nodes: Drafted tokens a call.
+        nodes: Drafted tokens a call; 0 for as many as give the most tokens a second on this machine, none where no drafting pays.
         repeats: Turns for each prompt.
         equality_prompts: Prompts whose text in float32 is compared with transformers' greedy text.
     """
@@ -81,7 +81,7 @@ class Drafting:
     train_tokens: Annotated[int, Between(1, 96_000)] = 24_000
     epochs: Annotated[float, Between(0, 12)] = 3.0
     draft_vocabulary: Annotated[int, Between(0, 16_384)] = 4096
-    nodes: Annotated[int, Between(1, 32)] = 8
+    nodes: Annotated[int, Between(0, 32)] = 8
     repeats: Annotated[int, Between(1, 4)] = 1
     equality_prompts: Annotated[int, Between(0, 40)] = 20
 
@@ -304,11 +304,9 @@ def trained(
         seed: Of text, order and weights.
         temperature: Of the text.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    from paperworks.decoding import Drafter, TreeShape, rank_accuracy, train_drafter
-    from paperworks.decoding.costs import choose_nodes, choose_tree
-    from paperworks.nn import pack_linears
+    from paperworks.decoding import TreeShape, rank_accuracy, train_drafter
 
     if nodes is not None and nodes < 1:
         raise UsageError(f"a call drafts at least 1 token, got nodes={nodes}: leave drafting out with plain decoding")
@@ -363,6 +361,43 @@ def trained(
     folder = cached_folder("drafters", key, build)
     if fresh:
         run.log(f"{name} for {Path(model).name} lies in {folder}")
+    return fitted(run, name, folder, target, nodes)
+
+
+def shipped(run: Run, target: Any, *, model: str, nodes: int | None) -> Drafter | None:
+    """The Hydra heads that come with the package for this very model, with a tree for this machine; None where there are none.
+
+    Args:
+        run: Told which tree was chosen.
+        target: The model to draft for.
+        model: The model's name.
+        nodes: As for `trained`.
+    """
+    from paperworks.decoding.identity import difference
+
+    folder = Path(str(resources.files("paperworks.recipes.decoding").joinpath("heads", Path(model).name)))
+    if not (folder / "config.json").is_file():
+        return None
+    made_for = json.loads((folder / "config.json").read_text(encoding="utf-8"))["made_for"]
+    return fitted(run, "Hydra", folder, target, nodes) if difference(made_for, target) is None else None
+
+
+def fitted(run: Run, name: str, folder: Path, target: Any, nodes: int | None) -> Drafter:
+    """A drafter that was trained and lies in a folder, with a tree of so many nodes, or the best for this machine.
+
+    Args:
+        run: Told which tree was chosen.
+        name: What the drafter is called.
+        folder: Where it lies, with what was measured on held-out text.
+        target: The model to draft for.
+        nodes: As for `trained`.
+    """
+    from safetensors.torch import load_file
+
+    from paperworks.decoding import Drafter, TreeShape
+    from paperworks.decoding.costs import choose_nodes, choose_tree
+    from paperworks.nn import pack_linears
+
     drafter = pack_linears(Drafter.from_pretrained(folder, target))
     if (folder / _RANKS).exists():
         accuracy = load_file(folder / _RANKS)["accuracy"]
@@ -414,7 +449,9 @@ def _step_seconds(drafter: Drafter, target: Any, part: DraftingData) -> float:
     return min(later - earlier for earlier, later in pairwise(ends[1:]))
 
 
-def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: str, seed: int) -> None:
+def pit(
+    run: Run, names: Sequence[str], work: Drafting, *, against: str | None, title: str, seed: int, ready: bool = False
+) -> None:
     """Train drafters alike, decode the same prompts greedily with each in turn, and record what each gains and costs.
 
     Turns are shared with plain decoding and with what transformers offers by itself. All drafters have the same data,
@@ -424,9 +461,13 @@ def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: 
         run: Keeps what is measured.
         names: The drafters, of `DRAFTERS`.
         work: Model, prompts and training.
-        against: That one of them with which the accepted tokens of the others are compared.
+        against: That one of them with which the accepted tokens of the others are compared, None for none.
         title: Of the figure.
         seed: Of text, order and weights.
+        ready: Take the heads that come with the package and train nothing; `names` is Hydra alone.
+
+    Raises:
+        UsageError: No heads come with the package for this model.
     """
     import torch
 
@@ -435,13 +476,19 @@ def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: 
     target, tokenizer, ids = prompt_ids(work.model, work.prompts, work.prompt_count, dtype=cpu_friendly_dtype())
     for name in names:
         untrained(name, target, work.draft_vocabulary)
-    drafters = {
-        name: trained(
+    nodes = work.nodes or None
+    drafters: dict[str, Any] = {}
+    if ready:
+        drafters[names[0]] = shipped(run, target, model=work.model, nodes=nodes)
+        if drafters[names[0]] is None:
+            raise UsageError(
+                f"no heads come with paperworks for {work.model}, only for smollm2-135m: leave --heads out, and they are trained"
+            )
+    for name in names if not ready else ():
+        drafters[name] = trained(
             run, name, target, tokenizer, model=work.model, tokens=work.train_tokens, epochs=work.epochs,
-            vocabulary=work.draft_vocabulary, nodes=work.nodes, seed=seed,
-        )
-        for name in dict.fromkeys(names)
-    }  # fmt: skip
+            vocabulary=work.draft_vocabulary, nodes=nodes, seed=seed,
+        )  # fmt: skip
     accepted: dict[str, dict[int, float]] = {name: {} for name in drafters}
     calls: dict[str, dict[int, int]] = {name: {} for name in drafters}
     drafting: dict[str, list[float]] = {name: [] for name in drafters}
@@ -485,7 +532,8 @@ def pit(run: Run, names: Sequence[str], work: Drafting, *, against: str, title: 
         run.record("calls", sum(calls[name].values()), unit="passes", better="lower", series=name)
         run.record("drafting share", fmean(drafting[name]), unit="of time", better="lower", series=name)
     order = range(len(ids))
-    for name in (name for name in drafters if name != against):
+    for name in [name for name in drafters if name != against] if against else []:
+        assert against is not None
         run.ratio(
             "accepted per call, ratio",
             method=[accepted[name][index] for index in order],
@@ -537,7 +585,7 @@ def compare_texts(run: Run, model: str, prompts: str, count: int, new_tokens: in
             bar.advance()
 
 
-def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str) -> Any:
+def speed_figure(title: str, speed_up: dict[str, Any], accepted: dict[str, float], against: str | None) -> Any:
     """Speed against plain decoding with intervals, and accepted tokens beside it."""
     from matplotlib.figure import Figure
 

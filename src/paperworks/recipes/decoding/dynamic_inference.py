@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from paperworks.errors import UsageError
 from paperworks.lab.recipe import Between, Data, Model, recipe
 from paperworks.lab.run import Run
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from paperworks.decoding import DynamicInference
     from paperworks.decoding.dynamic_inference import Reading
 
+_LIBRARY = "standard library"
 _OFF = 100.0
 
 
@@ -49,6 +51,7 @@ _OFF = 100.0
 def dynamic_inference(
     run: Run,
     model: Annotated[str, Model()] = "smollm2-135m",
+    data: Annotated[str, Data(_LIBRARY, "wikitext-2")] = _LIBRARY,
     prompts: Annotated[Literal["auto", "humaneval", "standard library"], Data()] = "auto",
     prompt_count: Annotated[int, Between(1, 96)] = 24,
     context: Annotated[int, Between(1, 384)] = 96,
@@ -64,18 +67,20 @@ def dynamic_inference(
 ) -> None:
     """Code completions cut short layer by layer and token by token, against completions with all layers.
 
-    Heads and controller are trained on files of Python's standard library. Prompts are code cut at a random place. The
-    curve of quality against layers and time is measured over thresholds, beside exits at a fixed layer, exits of a
+    Heads and controller are trained on files of Python's standard library, or on a text of one's own: its beginning
+    trains, its end is read and completed. Prompts are code or text cut at a random place. The curve of quality against layers and time is measured over thresholds, beside exits at a fixed layer, exits of a
     confident head, and the controller's own exits dealt out at random, which cost the same.
 
     Args:
         run: Keeps what is measured.
         model: Name of the model.
-        prompts: Code to complete; auto takes HumanEval where it can be had, and held-out standard library otherwise.
+        data: Text to train on, "standard library", or a text or code file of one's own in UTF-8.
+        prompts: What to complete; auto takes the end of a text of one's own, else HumanEval where it can be had, else
+            held-out standard library.
         prompt_count: How many completions.
         context: Tokens of each prompt.
         new_tokens: Tokens of each completion.
-        head_blocks: Blocks of code to train the heads on.
+        head_blocks: Blocks of text to train the heads on.
         controller_blocks: Other blocks, to train the controller on.
         test_blocks: Further blocks, to read with the true tokens before each position.
         block: Tokens a block.
@@ -90,16 +95,26 @@ def dynamic_inference(
     from paperworks.hub import load_model
     from paperworks.recipes.decoding.drafting import cpu_friendly_dtype, refusals
 
+    own = None if data == _LIBRARY else _own_text(data)
+    if own is not None and prompts == _LIBRARY:
+        raise UsageError(f"the end of {data} is what is completed: leave prompts out, or give humaneval")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target, tokenizer = load_model(model, dtype=cpu_friendly_dtype(), device=device)
     options: dict[str, Any] = {"every": every, "head": head}
     with refusals():
         DynamicInference(target, vocabulary=torch.arange(1), **options)
-    (learnt, judged, test), held_out = _corpus(tokenizer, (head_blocks, controller_blocks, test_blocks), block, seed)
+    sizes = (head_blocks, controller_blocks, test_blocks)
+    if own is None:
+        (learnt, judged, test), held_out = _corpus(tokenizer, sizes, block, seed)
+    else:
+        pieces = 0 if prompts == "humaneval" else prompt_count
+        (learnt, judged, test), held_out = _own_corpus(tokenizer, data, own, sizes, block, pieces, context + new_tokens)
     dynamic = _trained(run, model, target, learnt, judged, vocabulary, seed, options)
-    with run.progress(len(test), "reading held-out code") as bar:
+    with run.progress(len(test), "reading held-out text") as bar:
         _record_reading(run, dynamic.read(test, progress=bar.advance))
-    ids, truths = _tasks(run, tokenizer, prompts, held_out, prompt_count, context, new_tokens, seed)
+    # A text of one's own is completed where nothing else is asked for.
+    wanted = prompts if own is None or prompts == "humaneval" else "held out"
+    ids, truths = _tasks(run, tokenizer, wanted, held_out, prompt_count, context, new_tokens, seed)
     curves = _complete(run, dynamic, ids.to(device), truths, seed)
     run.figure(_figure(curves))
 
@@ -126,6 +141,54 @@ def _corpus(tokenizer: Any, sizes: Sequence[int], block: int, seed: int) -> tupl
         whole = min(size, len(ids) // block)
         parts.append(torch.tensor(ids[: whole * block]).view(whole, block))
     return parts, [tokenizer.encode(text[:4000], add_special_tokens=False, verbose=False) for text in texts]
+
+
+def _own_text(data: str) -> str:
+    """What a text or code file holds, or a set of running text by name."""
+    from pathlib import Path
+
+    from paperworks.hub import TextData, load_dataset, readers
+
+    file = Path(data).expanduser()
+    if file.is_file() and file.suffix.lower() not in (".txt", ".csv", ".parquet", ".npz"):
+        try:
+            return readers.text(file.name, "", [file]).text
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{data} cannot be read as text or code: {error}") from error
+    if file.is_dir():
+        raise UsageError(f"{data} is a folder: give one file, which `cat {data}/* > own.txt` makes of several")
+    found = load_dataset(data)
+    if not isinstance(found, TextData):
+        raise UsageError(f"{data} is no running text: give a text or code file, wikitext-2 or {_LIBRARY}")
+    return found.text
+
+
+def _own_corpus(
+    tokenizer: Any, name: str, text: str, sizes: Sequence[int], block: int, pieces: int, length: int
+) -> tuple[list[Any], list[list[int]]]:
+    """Blocks from a text's beginning in as many parts as sizes; the rest in pieces of more than `length` tokens."""
+    import torch
+
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    taken = sum(sizes) * block
+    spare = len(ids) - pieces * (length + 1)
+    if spare < taken:
+        fitting = [size * spare // taken for size in sizes]
+        options = ("head_blocks", "controller_blocks", "test_blocks")
+        fewer = ", ".join(f"{option} {size}" for option, size in zip(options, fitting, strict=True))
+        raise UsageError(
+            f"{name} has {len(ids):,} tokens, and {sum(sizes)} blocks of {block} with {pieces} prompts take "
+            f"{taken + pieces * (length + 1):,}: give more text, or "
+            + (fewer if min(fitting) > 0 else "lower block, context and prompt_count")
+        )
+    starts = [sum(sizes[:part]) * block for part in range(len(sizes))]
+    parts = [
+        torch.tensor(ids[start : start + size * block]).view(size, block)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    rest = ids[taken:]
+    # Prompts that share no token are so many witnesses.
+    return parts, [rest[len(rest) * piece // pieces : len(rest) * (piece + 1) // pieces] for piece in range(pieces)]
 
 
 def _trained(
@@ -175,17 +238,16 @@ def _tasks(
     new_tokens: int,
     seed: int,
 ) -> tuple[Any, list[list[int]]]:
-    """Prompts (count, context) and the tokens that truly follow each: code cut at random places."""
+    """Prompts (count, context) and the tokens that truly follow each: text cut at random places."""
     import random
 
     import torch
 
-    from paperworks.errors import UsageError
     from paperworks.hub import load_dataset
 
     # Where a cut may come first, and the tokens.
     sources = [(context, ids) for ids in held_out]
-    if prompts != "standard library":
+    if prompts in ("auto", "humaneval"):
         try:
             sources = [
                 (

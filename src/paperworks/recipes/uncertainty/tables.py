@@ -111,7 +111,9 @@ def scored(make: Callable[[], Any], part: Split) -> Scores:
     )
 
 
-def record_scores(run: Any, scores: dict[str, dict[str, Sequence[Scores]]], method: str, against: Sequence[str]) -> None:
+def record_scores(
+    run: Any, scores: dict[str, dict[str, Sequence[Scores]]], method: str, against: Sequence[str]
+) -> None:
     """Record what was scored: each figure of each estimator, and the differences of the method's NLL and RMSE from others'.
 
     Args:
@@ -142,4 +144,6 @@ def record_scores(run: Any, scores: dict[str, dict[str, Sequence[Scores]]], meth
 
 
 def _told(figure: str) -> str:
-    return {"nll": "NLL", "rmse": "RMSE", "fit_seconds": "fit time", "predict_seconds": "time to predict"}.get(figure, figure)
+    return {"nll": "NLL", "rmse": "RMSE", "fit_seconds": "fit time", "predict_seconds": "time to predict"}.get(
+        figure, figure
+    )
