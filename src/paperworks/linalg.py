@@ -58,11 +58,12 @@ def relu_gram(K: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         tensor([[1.0000, 0.7286],
                 [0.7286, 2.0000]])
     """
-    extent = (rows[..., :, None] * columns[..., None, :]).sqrt()
-    # Without variance nothing is correlated, and the product is 0 whatever stands for the correlation.
-    correlation = K / torch.where(extent > 0, extent, torch.ones_like(extent))
-    found: Tensor = extent * _ArcCosine.apply(correlation)
-    return found
+    product = rows[..., :, None] * columns[..., None, :]
+    varied = product > 0
+    # Without variance the product is 0, and whatever stands for the correlation must not spoil gradients.
+    extent = torch.where(varied, product, torch.ones_like(product)).sqrt()
+    found: Tensor = extent * _ArcCosine.apply(K / extent)
+    return torch.where(varied, found, torch.zeros_like(found))
 
 
 class _ArcCosine(torch.autograd.Function):

@@ -24,7 +24,7 @@ class Chains:
         values: (chains, draws, d).
         acceptance: Mean acceptance probability after burn-in; 1 where nothing is rejected.
         step_size: Of the last step.
-        clamped: Of SGHMC, in how many of all noise variances nothing was left to add to the noise of the gradients.
+        clamped: Of SGHMC, in what share of weights and steps after burn-in no noise was left to add to the gradients'.
     """
 
     values: Tensor
@@ -194,8 +194,8 @@ def sghmc(
         FloatingPointError: A chain diverged.
 
     Warns:
-        RuntimeWarning: Friction times noise leaves no room for the noise to be added in more than a tenth of all weights and
-            steps: draws are then spread by what minibatches happen to add. A smaller `lr` or more `momentum_decay` helps.
+        RuntimeWarning: In more than a tenth of all weights and steps after burn-in there is no noise left to add: draws are
+            then spread by what minibatches happen to add. A smaller `lr` or more `momentum_decay` helps.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -213,14 +213,17 @@ def sghmc(
         between(step, position)
         slope = gradient(position).detach()
         if slope.shape != position.shape:
-            raise ValueError(f"gradient gives {tuple(position.shape)}, as the positions are, and gave {tuple(slope.shape)}")
+            raise ValueError(
+                f"gradient gives {tuple(position.shape)}, as the positions are, and gave {tuple(slope.shape)}"
+            )
         if step < burn_in:
             window += 1 - window * mean.square() / square
             mean += (slope - mean) / (window + 1)
             square += (slope.square() - square) / (window + 1)
             inverse_mass = square.clamp_min(1e-16).rsqrt()
         variance = 2 * lr**2 * momentum_decay * inverse_mass - lr**4
-        clamped += float((variance <= 0).double().mean())
+        if step >= burn_in:
+            clamped += float((variance <= 0).double().mean())
         noise = torch.randn(position.shape, generator=generator, dtype=position.dtype, device=position.device)
         momentum = (1 - momentum_decay) * momentum - lr**2 * inverse_mass * slope
         momentum += variance.clamp_min(0).sqrt() * noise
@@ -230,7 +233,7 @@ def sghmc(
         if step >= burn_in and (step - burn_in + 1) % thin == 0:
             kept.append(position)
         progress()
-    share = clamped / (burn_in + draws * thin)
+    share = clamped / (draws * thin)
     if share > 0.1:
         warnings.warn(
             f"in {share:.0%} of weights and steps the gradients' noise left none to add, so that the draws are spread by "
@@ -286,7 +289,9 @@ def nuts(
 
 def _check(start: Tensor, *, draws: int, burn_in: int, thin: int) -> None:
     if start.ndim != 2 or not start.numel() or not start.is_floating_point():
-        raise ValueError(f"chains start from floating-point numbers (chains, d), got {tuple(start.shape)} of {start.dtype}")
+        raise ValueError(
+            f"chains start from floating-point numbers (chains, d), got {tuple(start.shape)} of {start.dtype}"
+        )
     for name, value, least in (("draws", draws, 1), ("burn_in", burn_in, 0), ("thin", thin, 1)):
         if value < least:
             raise ValueError(f"{name} is a whole number of at least {least}, got {value}")
