@@ -21,7 +21,7 @@ NAMES = {
     42: "SinkhornDistillation", 28: "RobustActiveDistillation", 53: "WeakToStrong", 2: "ShrinkMatch",
     8: "LabelProportionClassifier", 9: "RePRI", 10: "PrototypicalContinualLearner SequentialHMC", 16: "NIWMeta", 18: "FedLoGe",
     48: "HalfspaceTesterLearner", 1: "DeepKernelMachine", 3: "PriorFittedNetwork", 5: "DistributionTransformer",
-    6: "ScaleMixtureNNGP", 14: "FunctionalTucker", 26: "vi", 50: "FunctionalPrior", 59: "CertifiedConformalClassifier",
+    6: "ScaleMixtureNNGPRegressor ScaleMixtureNNGPClassifier", 14: "FunctionalTucker", 26: "vi", 50: "FunctionalPrior", 59: "CertifiedConformalClassifier",
     13: "BNNSurrogate", 25: "SelfTuningNetwork", 64: "FeatureLearningLimit mup", 11: "MonotoneDBM", 12: "MarginalizationModel",
     40: "PerturbedLikelihood", 62: "DiffusionModel", 20: "FractionalSDE", 30: "PVRNN", 54: "continual", 55: "PointerNetwork",
     68: "TSDiff", 4: "PosteriorCollapse", 45: "VariableActivity", 7: "near_collapse", 57: "NeuralCollapse",

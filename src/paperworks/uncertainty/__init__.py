@@ -12,6 +12,15 @@ quantiles and draws are its own; one row, one column, constant targets are taken
 sentence.
 """
 
+from paperworks.uncertainty import vi
+from paperworks.uncertainty.deep_kernel_machine import (
+    DeepKernelMachine,
+    DeepKernelMachineClassifier,
+    DeepKernelMachineRegressor,
+    activation_gram,
+    sample_finite_dgp,
+)
+from paperworks.uncertainty.functional_tucker import FunctionalTucker
 from paperworks.uncertainty.scale_mixture_nngp import (
     NNGPKernel,
     ScaleMixtureNNGPClassifier,
@@ -20,8 +29,15 @@ from paperworks.uncertainty.scale_mixture_nngp import (
 )
 
 __all__ = [
+    "DeepKernelMachine",
+    "DeepKernelMachineClassifier",
+    "DeepKernelMachineRegressor",
+    "FunctionalTucker",
     "NNGPKernel",
     "ScaleMixtureNNGPClassifier",
     "ScaleMixtureNNGPRegressor",
     "WideNetworkLimit",
+    "activation_gram",
+    "sample_finite_dgp",
+    "vi",
 ]

@@ -165,9 +165,9 @@ class ProbabilisticRegressor(RegressorMixin, Probabilistic):  # type: ignore[mis
             self, X, y, dtype=np.float64, y_numeric=True, multi_output=self._many_targets,
             ensure_min_samples=self._least_rows,
         )  # fmt: skip
-        features = self._measured(features)
         self._single_target = targets.ndim == 1
-        targets = np.asarray(targets, dtype=np.float64).reshape(len(features), -1)
+        features, targets = _sorted(features, np.asarray(targets, dtype=np.float64).reshape(len(features), -1))
+        features = self._measured(features)
         self.target_mean_, self.target_scale_ = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
         if self._standardizes_targets:
             self.target_mean_, self.target_scale_ = _location_and_scale(targets)
@@ -290,8 +290,9 @@ class ProbabilisticClassifier(ClassifierMixin, Probabilistic):  # type: ignore[m
         self.classes_, codes = np.unique(labels, return_inverse=True)
         if len(self.classes_) < self._least_classes:
             raise ValueError(f"labels are of {self._least_classes} or more classes, got one class, {self.classes_[0]}")
+        features, sorted_codes = _sorted(features, codes[:, None].astype(np.float64))
         features = self._measured(features)
-        self._fit(self._standardized(features), torch.from_numpy(codes.astype(np.int64)))
+        self._fit(self._standardized(features), torch.from_numpy(sorted_codes[:, 0].astype(np.int64)))
         return self
 
     def _check(self) -> None:
@@ -382,6 +383,12 @@ def quantile(law: Distribution, level: Tensor) -> Tensor:
         under = law.cdf(middle) < level
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     return (low + high) / 2
+
+
+def _sorted(X: Array, y: Array) -> tuple[Array, Array]:
+    """Rows in an order of their own, so that draws among them and sums over them do not hang on how they came."""
+    order = np.lexsort([*y.T[::-1], *X.T[::-1]])
+    return X[order], y[order]
 
 
 def _location_and_scale(values: Array) -> tuple[Array, Array]:

@@ -673,6 +673,7 @@ class ScaleMixtureNNGPClassifier(ProbabilisticClassifier):
         batch_size: Rows a step.
         lr: Adam's rate.
         max_epoch: Passes over the rows.
+        standardize: Each feature is standardised inside; pixels, whose unit is one, are better left as they are.
         random_state: Of inducing inputs, batches and draws.
 
     Attributes:
@@ -694,12 +695,17 @@ class ScaleMixtureNNGPClassifier(ProbabilisticClassifier):
         self, depth: int = 4, activation: Activation = "relu", *, prior: Prior = "invgamma", alpha: float = 2.0,
         beta: float = 2.0, w_std: float = 1.4, b_std: float = 0.1, n_inducing: int = 200, n_samples: int = 100,
         n_pred_samples: int = 1000, batch_size: int = 100, lr: float = 1e-2, max_epoch: int = 300,
-        random_state: RandomState = 0,
+        standardize: bool = True, random_state: RandomState = 0,
     ) -> None:  # fmt: skip
         self.depth, self.activation, self.prior = depth, activation, prior
         self.alpha, self.beta, self.w_std, self.b_std = alpha, beta, w_std, b_std
         self.n_inducing, self.n_samples, self.n_pred_samples = n_inducing, n_samples, n_pred_samples
-        self.batch_size, self.lr, self.max_epoch, self.random_state = batch_size, lr, max_epoch, random_state
+        self.batch_size, self.lr, self.max_epoch = batch_size, lr, max_epoch
+        self.standardize, self.random_state = standardize, random_state
+
+    @property
+    def _standardizes_features(self) -> bool:  # type: ignore[override]
+        return self.standardize
 
     def _check(self) -> None:
         check_network(self.depth, self.activation, self.w_std, self.b_std, self.alpha, self.beta)

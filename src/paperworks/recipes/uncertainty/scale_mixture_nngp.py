@@ -234,9 +234,9 @@ def _digits(run: Run, digits: int, inducing: int, epochs: int, seeds: int, seed:
         random = np.random.default_rng(number)
         order = random.permutation(inside)
         train, test = order[:digits], order[digits:]
-        corrupted = X[test] + 0.5 * random.normal(size=X[test].shape)
+        corrupted = X[test] + 0.4 * random.normal(size=X[test].shape)
         model = ScaleMixtureNNGPClassifier(
-            **NETWORK, prior=priors[name], n_inducing=inducing, max_epoch=epochs, n_samples=30, random_state=number
+            **NETWORK, prior=priors[name], n_inducing=inducing, max_epoch=epochs, n_samples=30, standardize=False, random_state=number
         ).fit(X[train], y[train])  # fmt: skip
         told = {rows: model.predict_proba(given) for rows, given in (("clean", X[test]), ("strange", X[outside]))}
         entropy = {rows: -(p * np.log(np.maximum(p, 1e-12))).sum(1) for rows, p in told.items()}
