@@ -72,13 +72,14 @@ class _ArcCosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, correlation: Tensor) -> Tensor:
         c = correlation.clamp(-1, 1)
-        ctx.save_for_backward(c)
-        return ((1 - c.square()).sqrt() + (math.pi - c.arccos()) * c) / math.pi
+        angle = c.arccos()
+        ctx.save_for_backward(angle)
+        return ((1 - c.square()).sqrt() + (math.pi - angle) * c) / math.pi
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
-        (c,) = ctx.saved_tensors
-        return slope * (1 - c.arccos() / math.pi)
+        (angle,) = ctx.saved_tensors
+        return slope * (1 - angle / math.pi)
 
 
 def erf_gram(K: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

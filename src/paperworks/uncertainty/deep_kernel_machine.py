@@ -20,7 +20,7 @@ from paperworks.uncertainty.estimator import ProbabilisticClassifier, Probabilis
 
 GramKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 KernelName = Literal["relu", "erf", "rbf", "linear"]
-_VALIDATED = (1.0, 10.0, 30.0, 100.0, 300.0)
+NUS = (1.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def rbf_gram(K: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -241,6 +241,12 @@ class _Inducing(nn.Module):
         own = K.own - half.square().sum(0) + spread.square().sum(0)
         return half.T @ self.mean, own.clamp_min(1e-12)
 
+    def bound(self, K: Blocks, Y: Tensor, noise: Tensor, jitter: float, share: float = 1.0) -> Tensor:
+        """Evidence lower bound in nats for Gaussian noise, of some rows' targets Y (t, p), each counted `share` times."""
+        mean, own = self.moments(K, jitter)
+        error = (Y - mean).square() + own[:, None]
+        return -share * (error / noise + (2 * math.pi * noise).log()).sum() / 2 - self.divergence()
+
     def divergence(self) -> Tensor:
         """KL of q from the prior, summed over functions."""
         points, outputs = self.mean.shape
@@ -272,6 +278,7 @@ class _DeepKernelEstimator:
 
     n_layers: int
     nu: Any
+    nus: Sequence[float]
     n_inducing: int | None
     kernel: Any
     lr: float
@@ -292,6 +299,8 @@ class _DeepKernelEstimator:
             raise ValueError(f"kernel is one of {', '.join(KERNELS)}, or a function of products, got {self.kernel!r}")
         if not self.lr > 0:
             raise ValueError(f"lr is above 0, got {self.lr}")
+        if not len(self.nus) or not all(isinstance(one, Real) and float(one) > 0 for one in self.nus):
+            raise ValueError(f"nus are numbers above 0, one or more, got {self.nus!r}")
         each = self.nu if isinstance(self.nu, list | tuple) else [self.nu]
         if self.nu != "validate" and not (
             all(isinstance(one, Real) and float(one) > 0 for one in each) and len(each) in (1, self.n_layers)
@@ -316,18 +325,18 @@ class _DeepKernelEstimator:
     def _chosen(
         self, X: Tensor, y: Tensor, random: np.random.RandomState, score: Callable[[Tensor, Tensor], float]
     ) -> Any:
-        """nu as given, or that which predicts rows left out best; of too few rows that which keeps nearest to the prior."""
+        """Nu as given, or that which predicts rows left out best; of too few rows that which keeps nearest to the prior."""
         if self.nu != "validate":
             return self.nu
         if len(X) < 20:
-            return _VALIDATED[-1]
+            return max(self.nus)
         order = torch.from_numpy(random.permutation(len(X)))
         held, kept = order[: len(X) // 10], order[len(X) // 10 :]
         seed, told = int(random.randint(2**31 - 1)), []
-        for nu in _VALIDATED:
+        for nu in self.nus:
             self._best(X[kept], y[kept], nu, np.random.RandomState(seed))
             told.append(score(X[held], y[held]))
-        return _VALIDATED[int(np.argmax(told))]
+        return list(self.nus)[int(np.argmax(told))]
 
     def _best(self, X: Tensor, y: Tensor, nu: Any, random: np.random.RandomState) -> None:
         """Keep the start that ends with the highest objective."""
@@ -388,7 +397,8 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
     Args:
         n_layers: L.
         nu: Weight of staying near the kernel of the layer below, one for all layers or one for each; "validate" takes that
-            of 1, 10, 30, 100 and 300 which predicts a tenth of the rows best, and fits all rows with it.
+            of `nus` which predicts a tenth of the rows best, and fits all rows with it.
+        nus: Tried by "validate"; the largest is taken for fewer than 20 rows.
         n_inducing: Inducing rows, learned from centres of k-means on; None for all rows, whose cost grows with their cube.
         kernel: "relu", "erf", "rbf", "linear", or a function of products (..., n, m) and squared lengths (..., n), (..., m); see
             `activation_gram`.
@@ -421,11 +431,11 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
     _many_targets = True
 
     def __init__(
-        self, n_layers: int = 2, *, nu: Any = "validate", n_inducing: int | None = None,
+        self, n_layers: int = 2, *, nu: Any = "validate", nus: Sequence[float] = NUS, n_inducing: int | None = None,
         kernel: KernelName | GramKernel = "relu", noise: float = 0.1, learn_noise: bool = True, lr: float = 0.02,
         max_iter: int = 400, batch_size: int | None = None, n_restarts: int = 1, random_state: RandomState = 0,
     ) -> None:  # fmt: skip
-        self.n_layers, self.nu, self.n_inducing, self.kernel = n_layers, nu, n_inducing, kernel
+        self.n_layers, self.nu, self.nus, self.n_inducing, self.kernel = n_layers, nu, nus, n_inducing, kernel
         self.noise, self.learn_noise, self.lr, self.max_iter = noise, learn_noise, lr, max_iter
         self.batch_size, self.n_restarts, self.random_state = batch_size, n_restarts, random_state
 
@@ -461,10 +471,8 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
 
         def by_batch(rows: Tensor) -> Tensor:
             K, divergences = machine(X[rows])
-            mean, own = values.moments(K, machine.jitter)
-            error = (y[rows] - mean).square() + own[:, None]
-            fitted = -(error / variance() + (2 * math.pi * variance()).log()).sum() / 2
-            return len(X) / len(rows) * fitted - values.divergence() - machine.penalty(divergences)
+            found = values.bound(K, y[rows], variance(), machine.jitter, len(X) / len(rows))
+            return found - machine.penalty(divergences)
 
         parameters = [*machine.parameters(), log_noise]
         whole = self.batch_size is None
@@ -545,6 +553,7 @@ class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier)
     Args:
         n_layers: L.
         nu: As for `DeepKernelMachineRegressor`.
+        nus: As for `DeepKernelMachineRegressor`.
         n_inducing: Inducing rows; None for all rows.
         kernel: As for `DeepKernelMachineRegressor`.
         n_samples: Draws of function values a step.
@@ -573,11 +582,11 @@ class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier)
     """
 
     def __init__(
-        self, n_layers: int = 2, *, nu: Any = "validate", n_inducing: int | None = 100,
+        self, n_layers: int = 2, *, nu: Any = "validate", nus: Sequence[float] = NUS, n_inducing: int | None = 100,
         kernel: KernelName | GramKernel = "relu", n_samples: int = 32, n_pred_samples: int = 1000, lr: float = 0.02,
         max_iter: int = 400, batch_size: int | None = None, n_restarts: int = 1, random_state: RandomState = 0,
     ) -> None:  # fmt: skip
-        self.n_layers, self.nu, self.n_inducing, self.kernel = n_layers, nu, n_inducing, kernel
+        self.n_layers, self.nu, self.nus, self.n_inducing, self.kernel = n_layers, nu, nus, n_inducing, kernel
         self.n_samples, self.n_pred_samples, self.lr, self.max_iter = n_samples, n_pred_samples, lr, max_iter
         self.batch_size, self.n_restarts, self.random_state = batch_size, n_restarts, random_state
 
