@@ -130,7 +130,7 @@ def test_show_tells_why_a_figure_falls_short(paperworks):
 
 def test_run_prints_table_and_keeps_the_run(paperworks, toys):
     status, out, _ = paperworks("run", "hydra", "--throws", "5")
-    assert status == 0 and "2x (2–2)" in out and "claims hold" in out and "finished" in out
+    assert status == 0 and "2x (2–2)" in out and "claims is measured with these options" in out and "finished" in out
     status, out, _ = paperworks("results", "hydra", "--json")
     run = json.loads(out)[0]
     assert run["parameters"] == {"throws": 5, "model": "dice"} and run["measurements"][0]["value"] == 5
@@ -391,3 +391,12 @@ def test_a_command_says_which_extra_it_lacks(words, lacking, extra, tmp_path):
     package = {"sklearn": "scikit-learn"}.get(lacking, lacking)
     said = f"{package} is not installed: pip install 'paperworks[{extra}]'"
     assert ended.returncode in (1, 2) and said in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_room_is_compared_by_its_name(paperworks):
+    status, out, err = paperworks("compare", "--room", "nowhere")
+    assert status == 2 and "there is no comparison of a room 'nowhere': there is one of uncertainty" in err
+    status, out, err = paperworks("compare", "hydra", "--room", "uncertainty")
+    assert status == 2 and "not both" in err
+    status, out, err = paperworks("compare", "--room", "uncertainty", "--speed", "3")
+    assert status == 2 and "no option speed" in err

@@ -79,16 +79,16 @@ def _run_command(slug: str) -> Callable[..., int]:
     return command
 
 
-def execute(slug: str, options: dict[str, Any], *, as_json: bool, verbose: bool, **shared: Any) -> Any:
-    """Execute a recipe, and say in a sentence where it failed."""
+def execute(recipe: Any, options: dict[str, Any], *, as_json: bool, verbose: bool, **shared: Any) -> Any:
+    """Execute a recipe, given as such or by its paper's slug, and say in a sentence where it failed."""
     from paperworks.lab import executors
 
-    run = executors.execute(slug, parameters=options, **shared)
+    run = executors.execute(recipe, parameters=options, **shared)
     if run.status == "failed":
         if verbose and run.traceback:
             print(run.traceback, file=sys.stderr)
         hint = "" if verbose else f" (`paperworks results {run.id}` shows where)"
-        print(f"paperworks: {slug} failed: {run.error}{hint}", file=sys.stderr)
+        print(f"paperworks: {run.paper} failed: {run.error}{hint}", file=sys.stderr)
     return run
 
 
@@ -96,7 +96,8 @@ def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
     """Print what runs measured, and give the exit status: that of the worst."""
     from paperworks.lab.benchmarks import every_figure
     from paperworks.lab.records import as_record
-    from paperworks.lab.report import print_results, rendered
+    from paperworks.lab.recipe import comparisons
+    from paperworks.lab.report import print_comparison, print_results, rendered
 
     if as_json:
         print_json([_as_json(run) for run in runs] if len(runs) > 1 else _as_json(runs[0]))
@@ -108,9 +109,11 @@ def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
                 # A record tells no folders of this machine; who typed them wants them back.
                 kept = {"measurements": run.measurements, "parameters": run.parameters}
                 print_results(console, card, as_record(run) | kept)
+            elif run.measurements and run.paper in comparisons():
+                print_comparison(console, as_record(run) | {"measurements": run.measurements})
             elif run.measurements:
                 print(f"who brought {run.paper} is not here any more: these are its figures, without a card and claims")
-            if (every or card is None) and run.measurements:
+            if (every or (card is None and run.paper not in comparisons())) and run.measurements:
                 console.print()
                 console.print(rendered(*every_figure(run.measurements), console.width), highlight=False)
             for path in run.artefacts.values():
@@ -131,7 +134,13 @@ def _as_json(run: Any) -> dict[str, Any]:
 
 def compare(
     context: typer.Context,
-    papers: Annotated[list[str], typer.Argument(help="Papers of one room, then options that go to each recipe.")],
+    papers: Annotated[
+        list[str] | None, typer.Argument(help="Papers of one room, then options that go to each recipe.")
+    ] = None,
+    room: Annotated[
+        str | None,
+        typer.Option(help="A room instead: its methods and what one would otherwise take, on the same work."),
+    ] = None,
     scale: Annotated[str, typer.Option(help=_SHARED["scale"][2])] = "default",
     seed: Annotated[int, typer.Option(help=_SHARED["seed"][2])] = 0,
     on: Annotated[str, typer.Option(help=_SHARED["on"][2])] = "here",
@@ -144,8 +153,12 @@ def compare(
     from paperworks.lab.report import rendered
     from paperworks.lab.verdicts import TINY
 
-    words = [*papers, *context.args]
+    words = [*(papers or ()), *context.args]
     first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    if room is not None:
+        if words[:first]:
+            raise UsageError(f"compare takes papers or a room, not both: got {words[0]} and --room {room}")
+        return _compare_room(room, _pairs(words[first:]), scale, seed, on, store, as_json)
     cards = [get(name) for name in words[:first]]
     options = _pairs(words[first:])
     if len({card.slug for card in cards}) < 2:
@@ -169,6 +182,18 @@ def compare(
     if figure:
         print(f"figure: {figure}")
     return max(0 if run.status == "finished" else 1 for run in runs)
+
+
+def _compare_room(
+    room: str, options: dict[str, str], scale: str, seed: int, on: str, store: str | None, as_json: bool
+) -> int:
+    from paperworks.lab.recipe import comparisons
+
+    known = comparisons()
+    if room not in known:
+        raise UsageError(f"there is no comparison of a room {room!r}: there is one of {', '.join(sorted(known))}")
+    run = execute(known[room], options, scale=scale, seed=seed, on=on, store=store, as_json=as_json, verbose=False)
+    return report([run], as_json)
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from paperworks.errors import UsageError
-from paperworks.papers import GROUP, INCLUDE, PluginWarning, load_cards, sources
+from paperworks.papers import GROUP, INCLUDE, ROOMS, PluginWarning, load_cards, sources
 
 if TYPE_CHECKING:
     from paperworks.lab.run import Run
@@ -34,6 +34,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 MOST_COLUMNS = 6
 
 _registry: dict[str, Recipe] = {}
+_comparisons: dict[str, Recipe] = {}
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,41 @@ def recipe(
         return made
 
     return register
+
+
+def comparison(
+    room: str,
+    *,
+    baseline: str = "",
+    tiny: Mapping[str, object] | None = None,
+    large: Mapping[str, object] | None = None,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> Callable[[Callable[..., None]], Recipe]:
+    """Make a function the comparison of a room: its methods and what one would otherwise take, on the same work.
+
+    It stands in `paperworks.recipes.<room>.comparison`, and is run by `paperworks compare --room ROOM`. All else is as for
+    `recipe`, with the room's name in the place of a paper's slug.
+    """
+
+    def register(function: Callable[..., None]) -> Recipe:
+        _comparisons[room] = made = _describe(function, room, baseline, tiny, large, columns, rows)
+        return made
+
+    return register
+
+
+def comparisons() -> dict[str, Recipe]:
+    """The comparison of each room that has one, by the room's name."""
+    for room in ROOMS:
+        name = f"paperworks.recipes.{room}"
+        if (
+            room not in _comparisons
+            and importlib.util.find_spec(name)
+            and importlib.util.find_spec(f"{name}.comparison")
+        ):
+            importlib.import_module(f"{name}.comparison")
+    return dict(_comparisons)
 
 
 def _where(function: Callable[..., None]) -> str:

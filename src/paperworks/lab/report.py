@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from paperworks.lab.recipe import MOST_COLUMNS, recipes
+from paperworks.lab.recipe import MOST_COLUMNS, comparisons, recipes
 from paperworks.lab.records import as_record, command, interval, machine
 from paperworks.lab.run import Measurement, Run
 from paperworks.lab.verdicts import TINY, Verdict, in_words, verdicts
@@ -44,7 +44,7 @@ def table(paper: str, measurements: Sequence[Measurement]) -> Grid:
 
     Where the recipe names none of what was measured, as a plugin's may, the first six columns are taken.
     """
-    recipe = recipes().get(paper)
+    recipe = recipes().get(paper) or comparisons().get(paper)
     columns, patterns = (recipe.columns, recipe.rows) if recipe else ((), ())
     shown = [
         m
@@ -121,6 +121,17 @@ def print_results(console: Console, paper: Paper, record: Mapping[str, Any]) -> 
         console.print(told_elsewhere, highlight=False, markup=False, soft_wrap=True)
     else:
         print_claims(console, found)
+
+
+def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
+    """The table of a room's comparison."""
+    console.print()
+    console.print(
+        rendered(*table(record["paper"], record["measurements"]), console.width), highlight=False, markup=False
+    )
+    console.print(f"\n{told(record)}", highlight=False, markup=False, soft_wrap=True)
+    if record["scale"] == "tiny":
+        console.print(f"Seconds long, {TINY}.", highlight=False)
 
 
 def print_claims(console: Console, found: Sequence[Verdict]) -> None:

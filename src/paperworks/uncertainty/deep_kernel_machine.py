@@ -311,7 +311,7 @@ class _DeepKernelEstimator:
 
     def _machine(self, X: Tensor, random: np.random.RandomState, nu: Any, restart: int) -> DeepKernelMachine:
         full = self.n_inducing is None or self.n_inducing >= len(X)
-        inducing = X if full else _spread(X, int(self.n_inducing or 0), random)
+        inducing = X if full else centres(X, int(self.n_inducing or 0), random)
         machine = DeepKernelMachine(
             X.shape[1], inducing, n_layers=self.n_layers, kernel=self.kernel, nu=nu, learn_inducing=not full,
             jitter=1e-8 if full else 1e-6,
@@ -375,13 +375,13 @@ class _DeepKernelEstimator:
         return told
 
 
-def _spread(X: Tensor, count: int, random: np.random.RandomState) -> Tensor:
-    """Centres of k-means, and random rows in place of those that no row belongs to."""
+def centres(X: Tensor, count: int, random: np.random.RandomState) -> Tensor:
+    """Centres (count, d) of k-means, and random rows in place of those that no row belongs to."""
     rows = X[torch.from_numpy(random.choice(len(X), count, replace=False))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        centres, _ = kmeans2(X.numpy(), rows.numpy(), iter=10, minit="matrix")
-    found = torch.from_numpy(centres)
+        means, _ = kmeans2(X.numpy(), rows.numpy(), iter=10, minit="matrix")
+    found = torch.from_numpy(means)
     return torch.where(found.isfinite().all(1, keepdim=True), found, rows)
 
 

@@ -267,8 +267,9 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
             ]).sum()  # fmt: skip
             found.backward()  # type: ignore[no-untyped-call]
             # Noise that vanishes leaves kernels that are singular to rounding.
-            if float(found) < best and float(log_noise) > math.log(1e-9):
-                best, kept = float(found), [one.detach().clone() for one in learned]
+            value = float(found.detach())
+            if value < best and float(log_noise.detach()) > math.log(1e-9):
+                best, kept = value, [one.detach().clone() for one in learned]
             return found
 
         try:

@@ -79,13 +79,14 @@ def _tables(
 ) -> dict[str, dict[str, list[Scores]]]:
     import numpy as np
 
+    from paperworks.recipes.uncertainty.baselines import SparseGP
     from paperworks.uncertainty import DeepKernelMachineRegressor
 
     budget: dict[str, Any] = {"n_layers": layers, "n_inducing": inducing, "max_iter": steps}
     makes = {
         METHOD: lambda: DeepKernelMachineRegressor(**budget, nus=TRIED),
         FIXED: lambda: DeepKernelMachineRegressor(**budget, nu=math.inf),
-        SPARSE: lambda: _sparse(inducing, steps),
+        SPARSE: lambda: SparseGP(inducing, steps),
     }
     scores: dict[str, dict[str, list[Scores]]] = {}
     for name, number in run.progress([(n, s) for n in names for s in range(seed, seed + splits)], "tables"):
@@ -114,59 +115,6 @@ def _tables(
             "tables with the lowest NLL", best.count(told), unit=f"of {len(scores)}", better="higher", series=told
         )
     return scores
-
-
-def _sparse(inducing: int, steps: int) -> Any:
-    """A sparse Gaussian process of GPyTorch, RBF with a lengthscale for each feature, by Titsias's bound."""
-    import gpytorch
-    import torch
-    from torch.distributions import Normal
-
-    from paperworks.uncertainty.deep_kernel_machine import _spread
-    from paperworks.uncertainty.estimator import ProbabilisticRegressor
-
-    class Process(gpytorch.models.ExactGP):  # type: ignore[misc]
-        def __init__(self, X: Tensor, y: Tensor, likelihood: Any) -> None:
-            super().__init__(X, y, likelihood)
-            self.mean = gpytorch.means.ConstantMean()
-            rbf = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel(ard_num_dims=X.shape[1]))
-            import numpy as np
-
-            Z = X if len(X) <= inducing else _spread(X, inducing, np.random.RandomState(0))
-            self.kernel = gpytorch.kernels.InducingPointKernel(rbf, inducing_points=Z.clone(), likelihood=likelihood)
-
-        def forward(self, X: Tensor) -> Any:
-            return gpytorch.distributions.MultivariateNormal(self.mean(X), self.kernel(X))
-
-    class Sparse(ProbabilisticRegressor):
-        def _fit(self, X: Tensor, y: Tensor) -> None:
-            self.likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
-            self.process = Process(X, y, self.likelihood).double()
-            self.process.train()
-            self.likelihood.train()
-            optimizer = torch.optim.Adam(self.process.parameters(), lr=0.05)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-            evidence = gpytorch.mlls.ExactMarginalLogLikelihood(self.likelihood, self.process)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                (-evidence(self.process(X), y)).backward()
-                optimizer.step()
-                schedule.step()
-            self.process.eval()
-            self.likelihood.eval()
-
-        def _predictive(self, X: Tensor) -> Normal:
-            with torch.no_grad():
-                found = self.likelihood(self.process(X))
-                return Normal(found.mean, found.stddev)
-
-        def _state(self) -> Any:
-            raise NotImplementedError
-
-        def _restore(self, tensors: Any, values: Any) -> None:
-            raise NotImplementedError
-
-    return Sparse()
 
 
 def _finite(run: Run, width: int, chains: int, draws: int, seed: int) -> dict[int, float]:
