@@ -275,6 +275,7 @@ def _figure(gains: dict[str, dict[int, list[float]]]) -> Figure:
         left.plot(SIZES, above, "o-", color=COLOURS[name], label=name)
     left.set(xscale="log", xlabel="points", ylabel="NLL above that of the true scale, nats")
     left.set_xticks(SIZES, [str(n) for n in SIZES])
+    left.minorticks_off()
     X = np.array([[-1.5], [-0.5], [0.4], [1.2]])
     y, grid = np.sin(2 * X[:, 0]), np.linspace(-3, 3, 200)[:, None]
     options: dict[str, Any] = {**NETWORK, "noise": 1e-3, "learn": False}
