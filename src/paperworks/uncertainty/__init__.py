@@ -13,6 +13,12 @@ sentence.
 """
 
 from paperworks.uncertainty import vi
+from paperworks.uncertainty.certified_conformal import (
+    CertifiedConformalClassifier,
+    KnowledgeCircuit,
+    Rule,
+    SmoothedModel,
+)
 from paperworks.uncertainty.deep_kernel_machine import (
     DeepKernelMachine,
     DeepKernelMachineClassifier,
@@ -29,13 +35,17 @@ from paperworks.uncertainty.scale_mixture_nngp import (
 )
 
 __all__ = [
+    "CertifiedConformalClassifier",
     "DeepKernelMachine",
     "DeepKernelMachineClassifier",
     "DeepKernelMachineRegressor",
     "FunctionalTucker",
+    "KnowledgeCircuit",
     "NNGPKernel",
+    "Rule",
     "ScaleMixtureNNGPClassifier",
     "ScaleMixtureNNGPRegressor",
+    "SmoothedModel",
     "WideNetworkLimit",
     "activation_gram",
     "sample_finite_dgp",
