@@ -199,6 +199,7 @@ def _by_rows(run: Run, largest: int, inducing: int, layers: int, repeats: int, s
 def _figure(scores: dict[str, dict[str, list[Scores]]], errors: dict[int, float], times: dict[int, float]) -> Figure:
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
@@ -226,7 +227,7 @@ def _figure(scores: dict[str, dict[str, list[Scores]]], errors: dict[int, float]
     right.set(xlabel="rows", ylabel="time of five steps, s")
     for axes, ticks in ((middle, widths), (right, list(times))):
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
