@@ -109,7 +109,7 @@ def test_many_rows_are_taken_in_parts(monkeypatch):
     circuit, random = random_circuit(3)
     pi = torch.from_numpy(random.uniform(size=(2, 11, circuit.n_variables)))
     whole = circuit(pi)
-    monkeypatch.setattr("paperworks.uncertainty.certified_conformal._MOST_NUMBERS", 200)
+    monkeypatch.setattr("paperworks.uncertainty.certified_conformal._MOST_NUMBERS", 1)
     assert torch.allclose(circuit(pi), whole, rtol=0, atol=1e-15)
 
 
@@ -274,7 +274,7 @@ def wrong_circuit(seed: int) -> KnowledgeCircuit:
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("circuit", [KnowledgeCircuit(3, 2), wrong_circuit(0), wrong_circuit(1)])
+@pytest.mark.parametrize("circuit", [KnowledgeCircuit(3, 2), wrong_circuit(0)])
 def test_4_pooled_sets_cover_as_often_as_they_should_whatever_the_rules(circuit, score):
     random, n, alpha, hits = np.random.default_rng(5), 49, 0.1, []
     for _ in range(500):
@@ -518,10 +518,11 @@ def test_the_share_u_is_uniform_each_inputs_own_and_the_seeds():
     assert abs(np.corrcoef(u, other._uniform(grid))[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("spread", [0.6, 0.25])
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_9_set_correction_removes_what_contradicts_a_concept(calibration):
-    x, y, _ = three_classes(600, 0, spread=0.6)
-    new, labels, _ = three_classes(2000, 1, spread=0.6)
+def test_9_set_correction_removes_what_contradicts_a_concept(calibration, spread):
+    x, y, _ = three_classes(600, 0, spread=spread)
+    new, labels, _ = three_classes(2000, 1, spread=spread)
     plain, corrected = (
         triangle(calibration=calibration, set_correction=correction).fit_calibration(x, y)
         for correction in (False, True)
@@ -583,10 +584,21 @@ def test_9_set_correction_removes_what_contradicts_a_concept(calibration):
             assert np.array_equal(smoothed.predict_set_certified(new, radius), kept)
         else:
             found = smoothed.worst_case_coverage(radius, new, labels, eta=None)
-            assert found == pytest.approx(stays.mean() - failure, abs=1e-12) and 0.05 < found < 0.85
+            assert found == pytest.approx(max(0.0, stays.mean() - failure), abs=1e-12) and found < 0.95
     worst = smoothed.worst_case_coverage(0.1, new, labels)
     attacked = smoothed.predict_set(smoothed.attack(new, labels, 0.1, steps=5, draws=8, generator=torch.Generator()))
     assert attacked[np.arange(2000), labels.numpy()].mean() >= worst
+
+
+def test_9_a_concept_that_may_be_either_contradicts_no_class():
+    # A rule without weight changes no probability, and says which class has the concept.
+    circuit = KnowledgeCircuit(2, 1, [[Rule(0, 2, 0.0)]])
+    classifier = CertifiedConformalClassifier(as_given, circuit=circuit, set_correction=True)
+    y = np.tile([0, 1], 50)
+    classifier.fit_calibration(np.stack([np.full(100, 0.5), np.full(100, 0.5), np.where(y == 0, 0.9, 0.1)], 1), y)
+    for low, high, kept in ((0.2, 0.6, [True, True]), (0.2, 0.4, [False, True]), (0.6, 0.7, [True, False])):
+        ends = (torch.tensor([[0.5, 0.5, end]], dtype=torch.float64) for end in (low, high))
+        assert classifier._sets(*ends, torch.zeros(1), 0.1).tolist() == [kept]
 
 
 def test_10_rule_weights_are_the_likeliest():
