@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_operator.utils.errors import NanError, NotPSDError
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from paperworks.linalg import cholesky, erf_gram, relu_gram
 
@@ -44,6 +44,9 @@ def test_products_of_wide_layers_are_expectations(gram, phi, share):
     part = gram(G[:2, 1:], G.diagonal()[:2], G.diagonal()[1:])
     assert torch.equal(part, gram(G, G.diagonal(), G.diagonal())[:2, 1:])
     assert gradcheck(lambda K, rows, columns: gram(K, rows, columns), tuple(
+        one.clone().requires_grad_() for one in (G[:2, 1:] * 0.7, G.diagonal()[:2], G.diagonal()[1:])
+    ))  # fmt: skip
+    assert gradgradcheck(lambda K, rows, columns: gram(K, rows, columns), tuple(
         one.clone().requires_grad_() for one in (G[:2, 1:] * 0.7, G.diagonal()[:2], G.diagonal()[1:])
     ))  # fmt: skip
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
+
+__all__ = ["NanError", "NotPSDError", "cholesky", "erf_gram", "relu_gram"]
 
 
 def cholesky(K: Tensor, jitter: float = 0.0) -> Tensor:
@@ -21,8 +24,8 @@ def cholesky(K: Tensor, jitter: float = 0.0) -> Tensor:
         jitter: Added at once, in shares of the mean diagonal.
 
     Raises:
-        linear_operator.utils.errors.NanError: NaN in a matrix.
-        linear_operator.utils.errors.NotPSDError: One that is not positive definite with that much jitter either.
+        NanError: NaN in a matrix.
+        NotPSDError: One that is not positive definite with that much jitter either.
 
     Example:
         >>> cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -71,15 +74,15 @@ class _ArcCosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, correlation: Tensor) -> Tensor:
+        ctx.save_for_backward(correlation)
         c = correlation.clamp(-1, 1)
-        angle = c.arccos()
-        ctx.save_for_backward(angle)
-        return ((1 - c.square()).sqrt() + (math.pi - angle) * c) / math.pi
+        return ((1 - c.square()).sqrt() + (math.pi - c.arccos()) * c) / math.pi
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
-        (angle,) = ctx.saved_tensors
-        return slope * (1 - angle / math.pi)
+        # In what can be differentiated again.
+        (correlation,) = ctx.saved_tensors
+        return slope * (1 - correlation.clamp(-1, 1).arccos() / math.pi)
 
 
 def erf_gram(K: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

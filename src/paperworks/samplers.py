@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -96,8 +97,8 @@ def hmc(
     """
     _check(start, draws=draws, burn_in=burn_in, thin=thin)
     for name, value in (("path_length", path_length), ("step_size", step_size), ("most_leapfrogs", most_leapfrogs)):
-        if not value > 0:
-            raise ValueError(f"{name} is above 0, got {value}")
+        if not 0 < value < math.inf or (name == "most_leapfrogs" and not isinstance(value, Integral)):
+            raise ValueError(f"{name} is a {'whole ' * (name == 'most_leapfrogs')}number above 0, got {value}")
     if not 0 < target_acceptance < 1:
         raise ValueError(f"target_acceptance is between 0 and 1, got {target_acceptance}")
     position = start.detach().clone()
@@ -261,20 +262,26 @@ def nuts(
         draws: Kept of each chain.
         burn_in: Steps before, in which step size and masses are found.
         target_acceptance: What the step size aims at.
-        seed: Of Pyro's random numbers, which are the process's.
+        seed: Of Pyro's random numbers; the process's are left as they were.
 
     Raises:
         ValueError: As for `hmc`.
     """
+    import random
+
     import pyro
     from pyro.infer.mcmc import MCMC, NUTS
 
     _check(start, draws=draws, burn_in=burn_in, thin=1)
+    if not bool(_slope(log_density, start)[0].isfinite().all()):
+        raise ValueError("the log density is not finite where the chains start: start them where it is")
 
     def potential(places: dict[str, Tensor]) -> Tensor:
         return -log_density(places["x"][None])[0]
 
     found: list[Tensor] = []
+    # Pyro seeds all of the process's random numbers.
+    others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=()):
         pyro.set_rng_seed(seed)
         for place in start:
@@ -284,6 +291,8 @@ def nuts(
             )
             run.run()
             found.append(run.get_samples()["x"])
+    random.setstate(others[0])
+    np.random.set_state(others[1])
     return Chains(torch.stack(found))
 
 
@@ -293,5 +302,5 @@ def _check(start: Tensor, *, draws: int, burn_in: int, thin: int) -> None:
             f"chains start from floating-point numbers (chains, d), got {tuple(start.shape)} of {start.dtype}"
         )
     for name, value, least in (("draws", draws, 1), ("burn_in", burn_in, 0), ("thin", thin, 1)):
-        if value < least:
+        if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} is a whole number of at least {least}, got {value}")

@@ -146,6 +146,7 @@ def test_probabilities_are_ones_and_labels_may_be_words(name):
     drawn = model.sample_y(X[:1], 2000, random_state=0)[0]
     shares = [(drawn == label).mean() for label in model.classes_]
     assert shares == pytest.approx(probabilities[0], abs=0.05)
+    assert model.log_predictive_density(X, pd.DataFrame({"label": y})).shape == (30,)
     with pytest.raises(ValueError, match="fox"):
         model.log_predictive_density(X[:1], ["fox"])
     with pytest.raises(ValueError, match="class"):
@@ -169,6 +170,13 @@ def test_the_same_seed_gives_the_same_result_and_files_keep_it(name, tmp_path):
             read.predict(frame[frame.columns[::-1]])
     with pytest.raises(ValueError, match="holds no saved"):
         type(model).from_pretrained(tmp_path / "nothing")
+    # What is set after a fit is for the next one.
+    others = {name: value * 2 + 1 for name, value in model.get_params().items() if isinstance(value, int | float)}
+    model.set_params(
+        **{name: value for name, value in others.items() if not isinstance(value, bool) and "sample" not in name}
+    )
+    model.save_pretrained(tmp_path / "later")
+    assert np.array_equal(told(type(model).from_pretrained(tmp_path / "later"), frame), told(read, frame))
 
 
 @every_regressor
@@ -178,6 +186,8 @@ def test_one_row_one_column_and_constant_targets(name):
     cases = [(X[:1], y[:1]), (X, np.full(len(X), 3.0)), (np.repeat(X[:1], 6, 0), y[:6])]
     if found.dims is None:
         cases.append((X[:, :1], y))
+        # A column that is constant but for rounding tells nothing.
+        cases.append((np.c_[X, np.where(np.arange(len(X)) % 2, 0.3, 0.1 + 0.2)], y))
     for given in cases:
         mean, std = found.make().fit(*given).predict(given[0], return_std=True)
         assert np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()

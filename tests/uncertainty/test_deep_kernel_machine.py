@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch.distributions import MultivariateNormal
 from paperworks.linalg import relu_gram
 from paperworks.samplers import hmc
 from paperworks.uncertainty.deep_kernel_machine import (
+    ActivationGram,
     Blocks,
     DeepKernelMachine,
     DeepKernelMachineClassifier,
     DeepKernelMachineRegressor,
-    activation_gram,
+    centres,
     collapsed_bound,
     sample_finite_dgp,
 )
@@ -270,9 +272,9 @@ def test_relu_machines_have_several_optima_and_restarts_find_the_best():
     assert often.objective_[-1] >= once.objective_[-1]
 
 
-def test_the_kernel_of_any_activation_by_quadrature():
+def test_the_kernel_of_any_activation_by_quadrature(tmp_path):
     G = torch.tensor([[1.0, 0.5, -0.7], [0.5, 2.0, 0.3], [-0.7, 0.3, 0.8]], dtype=torch.float64)
-    tanh = activation_gram(torch.tanh)(G, G.diagonal(), G.diagonal())
+    tanh = ActivationGram(torch.tanh)(G, G.diagonal(), G.diagonal())
     f = (
         torch.randn(400_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         @ torch.linalg.cholesky(G).T
@@ -280,10 +282,12 @@ def test_the_kernel_of_any_activation_by_quadrature():
     assert torch.allclose(tanh, torch.tanh(f).T @ torch.tanh(f) / len(f), atol=5e-3)
     assert torch.allclose(tanh, tanh.T, atol=1e-6)
     X, y, new = made()
-    model = DeepKernelMachineRegressor(1, nu=10.0, kernel=activation_gram(torch.tanh, 12), max_iter=20).fit(X, y)
+    model = DeepKernelMachineRegressor(1, nu=10.0, kernel=ActivationGram(torch.tanh, 12), max_iter=20).fit(X, y)
     assert np.isfinite(model.predict(new)).all()
     with pytest.raises(ValueError, match="is code"):
-        model.save_pretrained("nowhere")
+        model.save_pretrained(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(new), model.predict(new))
 
 
 def test_finite_machines_have_the_kernel_below_as_their_mean_gram_matrix():
@@ -364,3 +368,98 @@ def test_what_cannot_be_is_refused(options, told):
     X, y, _ = made()
     with pytest.raises(ValueError, match=told):
         DeepKernelMachineRegressor(**options).fit(X, y)
+
+
+def test_one_nu_is_for_all_layers_however_it_is_given():
+    X, y, new = made()
+    first = DeepKernelMachineRegressor(2, nu=10.0, max_iter=5).fit(X, y)
+    for nu in ([10.0], (10.0, 10.0), np.array([10.0, 10.0])):
+        model = DeepKernelMachineRegressor(2, nu=nu, max_iter=5).fit(X, y)
+        assert len(model.gram_matrices_) == 3 and np.array_equal(model.predict(new), first.predict(new))
+    for options in ({"n_layers": 0}, {"nu": -1.0}, {"n_layers": 2, "nu": (1.0, 2.0, 3.0)}):
+        with pytest.raises(ValueError, match="n_layers is at least 1"):
+            DeepKernelMachine(2, torch.eye(2, dtype=torch.float64), **options)
+
+
+def test_nu_is_that_which_predicts_best_what_was_left_out():
+    X, y, _ = made(40)
+    model = DeepKernelMachineRegressor(1, nus=(1.0, 10.0, 100.0), max_iter=3)
+    rows, targets = torch.from_numpy(X), torch.from_numpy(y)[:, None]
+    tried = []
+    model._best = lambda X, y, nu, random: tried.append((nu, len(X)))
+    scores = iter([0.1, 0.9, 0.4])
+    chosen = model._chosen(rows, targets, np.random.RandomState(0), lambda X, y: next(scores))
+    assert chosen == 10.0 and tried == [(1.0, 36), (10.0, 36), (100.0, 36)]
+    # Too few to leave some out: as near to the prior as may be.
+    assert model._chosen(rows[:10], targets[:10], np.random.RandomState(0), lambda X, y: 0.0) == 100.0
+
+
+def test_other_starts_are_representations_at_random_and_the_first_is_none():
+    X, y, _ = made()
+    model = DeepKernelMachineRegressor(2, nu=5.0)
+    first, other = (model._machine(torch.from_numpy(X), np.random.RandomState(0), 5.0, restart) for restart in (0, 1))
+    assert all(torch.equal(T, torch.eye(14, dtype=torch.float64)) for T in first.factors())
+    assert all(float((T - torch.eye(14)).abs().max()) > 0.1 for T in other.factors())
+
+
+def test_options_that_are_given_are_kept_to():
+    X, y, new = made(30)
+    fixed = DeepKernelMachineRegressor(1, nu=10.0, max_iter=10, noise=0.3, learn_noise=False).fit(X, y)
+    assert fixed.noise_ == pytest.approx(0.3, abs=1e-5)
+    assert DeepKernelMachineRegressor(1, nu=10.0, max_iter=10, noise=0.3).fit(X, y).noise_ != pytest.approx(
+        0.3, abs=1e-3
+    )
+    labels = y > 0
+    options = {"n_layers": 1, "nu": 10.0, "n_inducing": 8, "max_iter": 5}
+    one, many = (
+        DeepKernelMachineClassifier(**options, n_pred_samples=n).fit(X, labels).predict_proba(new) for n in (1, 2000)
+    )
+    assert np.abs(one - many).max() > 0.01
+    with pytest.raises(ValueError, match="10,000 rows"):
+        fixed.sample_y(np.zeros((10_001, 3)))
+    before = fixed.predict(new, return_std=True)
+    fixed.set_params(noise=5.0, nu=1.0, kernel="rbf")
+    assert np.array_equal(fixed.predict(new, return_std=True), before)
+
+
+def test_inducing_rows_begin_at_centres_of_what_lies_together():
+    random = np.random.RandomState(0)
+    X = torch.from_numpy(np.concatenate([random.normal(size=(50, 2)), 30 + random.normal(size=(50, 2))]))
+    found = centres(X, 2, random)
+    means = torch.stack([X[:50].mean(0), X[50:].mean(0)])
+    assert torch.allclose(found[found[:, 0].argsort()], means, atol=0.5) or len(found.unique(dim=0)) == 2
+
+
+def test_the_classifiers_objective_is_the_bound_that_it_says():
+    random = np.random.default_rng(0)
+    X = random.normal(size=(40, 2))
+    y = (X[:, 0] > 0).astype(int)
+    options = {"n_layers": 1, "nu": 7.0, "n_inducing": 10, "lr": 1e-4, "n_samples": 400}
+    for batch, steps in ((None, 30), (10, 200)):
+        model = DeepKernelMachineClassifier(**options, batch_size=batch, max_iter=steps).fit(X, y)
+        with torch.no_grad():
+            # Away from the start, where divergences are none.
+            model._values.mean += 0.3 * torch.randn(
+                model._values.mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
+        rows = model._features(X)
+        K, (divergence,) = model._layers(rows)
+        mean, variance = model._values.moments(K, model._layers.jitter)
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(20_000, 40, 2, generator=generator, dtype=torch.float64)
+        fitted = (
+            (mean + variance.sqrt()[:, None] * noise)
+            .log_softmax(-1)[:, torch.arange(40), torch.from_numpy(y)]
+            .mean(0)
+            .sum()
+        )
+        m, S = model._values.mean, model._values.factor() @ model._values.factor().T
+        of_values = sum((torch.trace(S) - torch.logdet(S) - 10 + m[:, c] @ m[:, c]) / 2 for c in range(2))
+        told = model._objective(
+            model._layers, model._values, rows, torch.from_numpy(y), torch.Generator().manual_seed(2)
+        )
+        every = torch.arange(40)
+        halves = [told(part) for part in every.split(20)]
+        expected = float(fitted - of_values - 7.0 * divergence)
+        assert float(told(every)) == pytest.approx(expected, abs=0.8)
+        assert float(sum(halves)) / 2 == pytest.approx(expected, abs=1.2)

@@ -515,3 +515,36 @@ def test_bad_arguments_are_a_sentence():
     ):
         with pytest.raises(ValueError, match=words):
             model.latent(mode, t)
+
+
+def test_damping_mixes_core_and_noise_too():
+    from paperworks.uncertainty.functional_tucker import MeanField, TuckerCore
+
+    random = np.random.default_rng(0)
+    X, y = torch.from_numpy(random.uniform(size=(60, 2))), torch.from_numpy(random.normal(size=60))
+    prior = StateSpaceGP("matern32", 0.3)
+    fields = [
+        MeanField(X, y, [prior] * 2, TuckerCore([2, 2]), damping=damping, generator=torch.Generator().manual_seed(0))
+        for damping in (0.0, 0.75)
+    ]
+    for field in fields:
+        field.a, field.b = torch.tensor([4.0], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64)
+        before = field.core._precision.clone(), field.core._shift.clone(), field.a.clone(), field.b.clone()
+        field.update_core()
+        field.update_noise()
+        after = field.core._precision, field.core._shift, field.a, field.b
+        if field.damping == 0.0:
+            undamped = [one.clone() for one in after]
+    for old, new, free in zip(before[:2], after[:2], undamped[:2], strict=True):
+        assert torch.allclose(new, 0.75 * old + 0.25 * free)
+    assert float(after[2]) == pytest.approx(0.75 * 4 + 0.25 * float(undamped[2]))
+    assert float(after[3]) == pytest.approx(0.75 * 8 + 0.25 * float(fields[1].b0 + fields[1].squared_error() / 2))
+
+
+def test_each_mode_has_the_lengthscale_and_variance_that_are_its_own():
+    random = np.random.default_rng(0)
+    X, y = random.uniform(size=(40, 2)), random.normal(size=40)
+    model = FunctionalTucker(1, lengthscale=(0.1, 0.7), variance=(1.0, 3.0), max_iter=2, n_restarts=1).fit(X, y)
+    first, second = (one.gp for one in model._posteriors)
+    assert (float(first.lengthscale), float(second.lengthscale)) == (0.1, 0.7)
+    assert (float(first.variance), float(second.variance)) == (1.0, 3.0)

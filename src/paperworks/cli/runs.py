@@ -95,8 +95,8 @@ def execute(recipe: Any, options: dict[str, Any], *, as_json: bool, verbose: boo
 def report(runs: list[Any], as_json: bool, *, every: bool = False) -> int:
     """Print what runs measured, and give the exit status: that of the worst."""
     from paperworks.lab.benchmarks import every_figure
-    from paperworks.lab.records import as_record
     from paperworks.lab.recipe import comparisons
+    from paperworks.lab.records import as_record
     from paperworks.lab.report import print_comparison, print_results, rendered
 
     if as_json:

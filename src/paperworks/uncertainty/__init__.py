@@ -20,10 +20,10 @@ from paperworks.uncertainty.certified_conformal import (
     SmoothedModel,
 )
 from paperworks.uncertainty.deep_kernel_machine import (
+    ActivationGram,
     DeepKernelMachine,
     DeepKernelMachineClassifier,
     DeepKernelMachineRegressor,
-    activation_gram,
     sample_finite_dgp,
 )
 from paperworks.uncertainty.functional_tucker import FunctionalTucker
@@ -35,6 +35,7 @@ from paperworks.uncertainty.scale_mixture_nngp import (
 )
 
 __all__ = [
+    "ActivationGram",
     "CertifiedConformalClassifier",
     "DeepKernelMachine",
     "DeepKernelMachineClassifier",
@@ -47,7 +48,6 @@ __all__ = [
     "ScaleMixtureNNGPRegressor",
     "SmoothedModel",
     "WideNetworkLimit",
-    "activation_gram",
     "sample_finite_dgp",
     "vi",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from numbers import Integral
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_array, check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
@@ -39,6 +40,7 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
 
     feature_mean_: Array
     feature_scale_: Array
+    _fitted_options: dict[str, Any]
 
     def _features(self, X: ArrayLike, *, reset: bool = False) -> Tensor:
         """Checked and standardised features (n, d), in float64."""
@@ -64,6 +66,9 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
         """What to do with more rows than `_most_rows`."""
         return "give fewer"
 
+    def _check(self) -> None:
+        """Raise where an argument is out of range."""
+
     @abstractmethod
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a fit found, as tensors and as JSON values."""
@@ -75,9 +80,9 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the fitted estimator to a folder, as safetensors and JSON."""
         check_is_fitted(self)
+        tensors, values = self._state()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors, values = self._state()
         shared = {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in self._scales()}
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in (tensors | shared).items()}
         save_file(tensors, folder / "model.safetensors")
@@ -86,12 +91,12 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
             options.pop("random_state", None)
         kept = {
             "estimator": type(self).__name__,
-            "options": options,
+            "options": _finite(options),
             "features": list(getattr(self, "feature_names_in_", [])),
-            "fitted": values | self._labels(),
+            "fitted": _finite(values | self._labels()),
         }
         # Options from a grid of NumPy's are of its types.
-        text = json.dumps(kept, indent=2, default=_plain)
+        text = json.dumps(kept, indent=2, default=_plain, allow_nan=False)
         (folder / "config.json").write_text(text, encoding="utf-8")
 
     @classmethod
@@ -103,11 +108,13 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
         """
         folder = Path(folder)
         try:
-            kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            kept = _infinite(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             tensors = load_file(folder / "model.safetensors")
             if kept["estimator"] != cls.__name__:
                 raise ValueError(f"it is a {kept['estimator']}")
             model = cls._from_options(kept["options"], tensors)
+            model._check()
+            model._fitted_options = model.get_params(deep=False)
             for name in model._scales():
                 setattr(model, name, tensors.pop(name).numpy())
             model.n_features_in_ = len(model.feature_mean_)
@@ -115,13 +122,13 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
                 model.feature_names_in_ = np.array(kept["features"], dtype=object)
             model._restore_labels(kept["fitted"])
             model._restore(tensors, kept["fitted"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no saved {cls.__name__}, or a damaged one: {error}") from error
         return model
 
     def _options(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON values."""
-        return dict(self.get_params(deep=False))
+        """The constructor's arguments at the fit, as JSON values."""
+        return dict(self._fitted_options)
 
     @classmethod
     def _from_options(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
@@ -161,6 +168,7 @@ class ProbabilisticRegressor(RegressorMixin, Probabilistic):  # type: ignore[mis
             ValueError: Values that are not finite, too few or too many rows, or an argument out of range.
         """
         self._check()
+        self._fitted_options = self.get_params(deep=False)
         features, targets = validate_data(
             self, X, y, dtype=np.float64, y_numeric=True, multi_output=self._many_targets,
             ensure_min_samples=self._least_rows,
@@ -174,9 +182,6 @@ class ProbabilisticRegressor(RegressorMixin, Probabilistic):  # type: ignore[mis
         z = torch.from_numpy((targets - self.target_mean_) / self.target_scale_)
         self._fit(self._standardized(features), z if self._many_targets else z[:, 0])
         return self
-
-    def _check(self) -> None:
-        """Raise where an argument is out of range."""
 
     @abstractmethod
     def _fit(self, X: Tensor, y: Tensor) -> None:
@@ -285,6 +290,7 @@ class ProbabilisticClassifier(ClassifierMixin, Probabilistic):  # type: ignore[m
             ValueError: Values that are not finite, one class, too many rows, or an argument out of range.
         """
         self._check()
+        self._fitted_options = self.get_params(deep=False)
         features, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=self._least_rows)
         check_classification_targets(labels)
         self.classes_, codes = np.unique(labels, return_inverse=True)
@@ -294,9 +300,6 @@ class ProbabilisticClassifier(ClassifierMixin, Probabilistic):  # type: ignore[m
         features = self._measured(features)
         self._fit(self._standardized(features), torch.from_numpy(sorted_codes[:, 0].astype(np.int64)))
         return self
-
-    def _check(self) -> None:
-        """Raise where an argument is out of range."""
 
     @abstractmethod
     def _fit(self, X: Tensor, y: Tensor) -> None:
@@ -318,7 +321,7 @@ class ProbabilisticClassifier(ClassifierMixin, Probabilistic):  # type: ignore[m
     def log_predictive_density(self, X: ArrayLike, y: ArrayLike) -> Array:
         """Log probability (n,) of each row's label, in nats."""
         found = self.predict_proba(X)
-        labels = np.asarray(y)
+        labels = column_or_1d(y, warn=True)
         check_consistent_length(found, labels)
         if not np.isin(labels, self.classes_).all():
             raise ValueError(f"labels are among {self.classes_.tolist()}, got {np.unique(labels).tolist()}")
@@ -371,14 +374,14 @@ def quantile(law: Distribution, level: Tensor) -> Tensor:
     spread = law.stddev.detach()
     low, high = (law.mean.detach() + sign * spread for sign in (-1, 1))
     low, high = (one.expand(level.shape).clone() for one in (low, high))
-    # Doubled until they enclose all levels, then halved to rounding.
+    # The ends are moved until they enclose all levels, then the rest is halved to rounding.
     for _ in range(200):
         below, above = law.cdf(low) > level, law.cdf(high) < level
         if not bool(below.any() | above.any()):
             break
         extent = high - low
         low, high = torch.where(below, low - extent, low), torch.where(above, high + extent, high)
-    for _ in range(100):
+    for _ in range(64):
         middle = (low + high) / 2
         under = law.cdf(middle) < level
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
@@ -392,9 +395,34 @@ def _sorted(X: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _location_and_scale(values: Array) -> tuple[Array, Array]:
-    """Means and standard deviations of columns, 1 where a column is constant."""
-    return values.mean(0), np.where(np.ptp(values, axis=0) > 0, values.std(0), 1.0)
+    """Means and standard deviations of columns, 1 where a column is constant but for rounding."""
+    varied = np.ptp(values, axis=0) > 16 * np.finfo(np.float64).eps * np.abs(values).max(axis=0)
+    return values.mean(0), np.where(varied, values.std(0), 1.0)
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value.item()
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"{type(value).__name__} cannot be kept as JSON: give numbers, text, true or false")
+    return value.tolist()
+
+
+# JSON has no infinity.
+_INFINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are none in JSON as {"number": "inf"}, however deep they lie."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return {"number": str(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _infinite(value: Any) -> Any:
+    """What `_finite` was given, with tuples as lists."""
+    if isinstance(value, dict):
+        if set(value) == {"number"}:
+            return _INFINITE[value["number"]]
+        return {name: _infinite(one) for name, one in value.items()}
+    return [_infinite(one) for one in value] if isinstance(value, list) else value

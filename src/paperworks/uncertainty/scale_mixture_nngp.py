@@ -12,20 +12,21 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.stats import burr12
+from scipy.stats import burr12, invgamma
 from sklearn.base import clone
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, check_X_y
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, StudentT
 
-from paperworks.linalg import cholesky, erf_gram, relu_gram
+from paperworks.linalg import NanError, NotPSDError, cholesky, erf_gram, relu_gram
 from paperworks.uncertainty.estimator import ProbabilisticClassifier, ProbabilisticRegressor, RandomState, generator_of
 
 Activation = Literal["relu", "erf"]
 Kernel = Callable[[Tensor, Tensor], Any]
 # "invgamma", ("burr12", c, d), ("point", s2), a frozen distribution of SciPy, or a log density of arrays of s2.
 Prior = Any
-_NODES = 800
+_NODES = 600
+_MOST_TOGETHER = 10_000
 
 
 class NNGPKernel(nn.Module):
@@ -98,9 +99,11 @@ class NNGPKernel(nn.Module):
 
     def _slopes(self, K: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """E[phi' phi']."""
-        extent = rows[:, None] * columns
         if self.activation == "relu":
-            return (math.pi - (K / extent.sqrt()).clamp(-1, 1).arccos()) / (2 * math.pi)
+            extent = (rows[:, None] * columns).sqrt()
+            # A row without variance is on the edge of both sides.
+            correlation = torch.where(extent > 0, K / extent.clamp_min(1e-300), 0.0)
+            return (math.pi - correlation.clamp(-1, 1).arccos()) / (2 * math.pi)
         return 4 / math.pi * ((1 + 2 * rows)[:, None] * (1 + 2 * columns) - 4 * K.square()).rsqrt()
 
 
@@ -122,7 +125,8 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         alpha: Shape of the inverse gamma prior; 0 with `beta` 0 is 1 / s^2, which leaves the scale to the data.
         beta: Its rate.
         w_std: Of the network's weights, where learning starts.
-        b_std: Of its biases, likewise; 0 for none.
+        b_std: Of its biases, likewise; 0 for none. (The published code starts at 1e-8, from where nothing is learned: the
+            evidence hangs on its square.)
         noise: Variance of the targets' noise, where learning starts; in units of s^2 where it is scaled.
         noise_model: "scaled", so that s^2 multiplies it too, or "independent" of s^2 (then there is no closed form).
         learn: Whether kernel and noise are those of the highest evidence, or stay as given.
@@ -142,11 +146,12 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         n_iter_: Steps of learning.
 
     Raises:
-        ValueError: An argument out of range, a prior that is none, or more than 10,000 rows.
+        ValueError: An argument out of range, a prior that is none, more than 10,000 rows, or targets of which an improper
+            prior leaves the scale open: all 0, or constant where they are standardised.
 
     Example:
         >>> X = np.linspace(-1, 1, 8)[:, None]
-        >>> model = ScaleMixtureNNGPRegressor(b_std=0.5, noise=1e-2).fit(X, np.sin(3 * X[:, 0]))
+        >>> model = ScaleMixtureNNGPRegressor().fit(X, np.sin(3 * X[:, 0]))
         >>> mean, std = model.predict([[0.0], [4.0]], return_std=True)
         >>> bool(abs(mean[0]) < 0.1), bool(std[0] < std[1])
         (True, True)
@@ -156,7 +161,7 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
 
     def __init__(
         self, depth: int = 4, activation: Activation = "relu", *, kernel: Kernel | None = None, prior: Prior = "invgamma",
-        alpha: float = 2.0, beta: float = 2.0, w_std: float = 1.0, b_std: float = 1e-8, noise: float = 1e-6,
+        alpha: float = 2.0, beta: float = 2.0, w_std: float = 1.0, b_std: float = 0.1, noise: float = 1e-2,
         noise_model: Literal["scaled", "independent"] = "scaled", learn: bool = True,
         method: Literal["exact", "quadrature", "importance"] = "exact", n_samples: int = 1000,
         proposal: Literal["likelihood", "prior"] = "likelihood", standardize: bool = True, max_iter: int = 50,
@@ -182,6 +187,10 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
     def _check(self) -> None:
         check_network(self.depth, self.activation, self.w_std, self.b_std, self.alpha, self.beta)
         check_prior(self.prior)
+        if self.kernel is not None and not callable(self.kernel):
+            raise ValueError(f"kernel is one of GPyTorch's or a function of X and Z, or None, got {self.kernel!r}")
+        if not isinstance(self.max_iter, Integral) or self.max_iter < 1:
+            raise ValueError(f"max_iter is a whole number of at least 1, got {self.max_iter}")
         if not 0 < self.noise < math.inf:
             raise ValueError(f"noise is a variance above 0, got {self.noise}")
         for name, value, known in (
@@ -200,11 +209,15 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
                 raise ValueError("a point prior leaves nothing to draw: take method='exact'")
             if self.proposal == "prior" and callable(self.prior) and not hasattr(self.prior, "rvs"):
                 raise ValueError("a prior that is a function cannot be drawn from: take proposal='likelihood'")
+            if self.proposal == "prior" and self.prior == "invgamma" and not self.alpha:
+                raise ValueError("an improper prior cannot be drawn from: take proposal='likelihood'")
 
     def _fit(self, X: Tensor, y: Tensor) -> None:
         kernel = self._fresh_kernel()
         log_noise = torch.tensor(math.log(self.noise), dtype=torch.float64, requires_grad=True)
         prior = self._prior()
+        if isinstance(prior, _InverseGamma) and not prior.alpha and not bool(y.any()):
+            raise ValueError("targets that are all the same leave their scale open: give alpha and beta above 0")
         self.n_iter_ = self._learn([(X, y)], kernel, log_noise, lambda: prior, []) if self.learn else 0
         self._keep(X, y, kernel, float(log_noise.detach().exp()))
 
@@ -224,12 +237,14 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
                 "tasks have their scale in common units and a network's kernel: standardize=False and kernel=None"
             )
         self._check()
-        if len(tasks) < 2:
-            raise ValueError(f"how scales are spread is learned from two tasks or more, got {len(tasks)}")
-        pairs = [
-            (torch.as_tensor(np.asarray(X, dtype=np.float64)), torch.as_tensor(np.asarray(y, dtype=np.float64)))
-            for X, y in tasks
-        ]
+        if len(tasks) < 2 or not self.alpha:
+            raise ValueError(
+                f"how scales are spread is learned from two tasks or more, and from alpha and beta above 0, got {len(tasks)}"
+            )
+        checked = [check_X_y(X, y, dtype=np.float64, y_numeric=True) for X, y in tasks]
+        if len(widths := {X.shape[1] for X, _ in checked}) > 1:
+            raise ValueError(f"tasks are of the same features, got {sorted(widths)} columns")
+        pairs = [(torch.from_numpy(X), torch.from_numpy(y)) for X, y in checked]
         kernel = self._fresh_kernel()
         log_noise = torch.tensor(math.log(self.noise), dtype=torch.float64, requires_grad=True)
         logs: list[Tensor] = []
@@ -257,6 +272,8 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         learned = [*(one for one in getattr(kernel, "parameters", list)() if one.requires_grad), log_noise, *logs]
         optimizer = torch.optim.LBFGS(learned, max_iter=self.max_iter, line_search_fn="strong_wolfe")
         best, kept = math.inf, [one.detach().clone() for one in learned]
+        # Noise that vanishes leaves kernels that are singular to rounding.
+        floor = math.log(min(1e-9, self.noise / 2))
 
         def loss() -> Tensor:
             nonlocal best, kept
@@ -266,9 +283,8 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
                 for X, y in tasks
             ]).sum()  # fmt: skip
             found.backward()  # type: ignore[no-untyped-call]
-            # Noise that vanishes leaves kernels that are singular to rounding.
             value = float(found.detach())
-            if value < best and float(log_noise.detach()) > math.log(1e-9):
+            if value < best and float(log_noise.detach()) > floor:
                 best, kept = value, [one.detach().clone() for one in learned]
             return found
 
@@ -291,32 +307,40 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         return _nodes(given, prior)[2]
 
     def _keep(self, X: Tensor, y: Tensor, kernel: Any, noise: float) -> None:
+        # What is told later is of this fit, whatever arguments are set after it.
+        self._law = prior = self._prior()
+        if isinstance(kernel, nn.Module):
+            kernel.requires_grad_(False)
+            kernel.zero_grad()
         with torch.no_grad():
-            given = _conditioned(_gram(kernel, X, X), y, torch.tensor(noise, dtype=torch.float64), self.noise_model)
-            prior = self._prior()
+            try:
+                given = _conditioned(_gram(kernel, X, X), y, torch.tensor(noise, dtype=torch.float64), self.noise_model)
+            except (NanError, NotPSDError) as error:
+                raise ValueError(f"the kernel of the training rows is not positive definite: {error}") from error
             self.log_evidence_ = float(self._evidence(given, prior))
-            scales, weights, self.ess_ = self._scales_of(given, prior)
+            scales, weights, self.ess_, self._heavy = self._scales_of(given, prior)
         self.kernel_, self.noise_ = kernel, noise
         self._X, self._y, self._given, self._s2, self._weights = X, y, given, scales, weights
 
-    def _scales_of(self, given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, float]:
-        """Values of s^2 and their posterior weights, none where the posterior is known in closed form."""
+    def _scales_of(self, given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, float, bool]:
+        """Values of s^2 and their posterior weights, none where the posterior is known; effective draws; whether E s^2 is infinite."""
         none = torch.empty(0, dtype=torch.float64)
         if isinstance(prior, _Point):
-            return torch.tensor([prior.s2], dtype=torch.float64), torch.ones(1, dtype=torch.float64), math.nan
+            return torch.tensor([prior.s2], dtype=torch.float64), torch.ones(1, dtype=torch.float64), math.nan, False
         if self.method == "exact" and isinstance(prior, _InverseGamma) and self.noise_model == "scaled":
-            return none, none, math.nan
+            return none, none, math.nan, False
+        scales, weights, _, heavy = _nodes(given, prior)
         if self.method == "importance":
-            scales, weights = self._drawn(given, prior)
-            ess = float(1 / weights.square().sum())
-            if ess >= 0.1 * len(scales):
-                return scales, weights, ess
+            drawn, of_drawn = self._drawn(given, prior)
+            ess = float(1 / of_drawn.square().sum())
+            if ess >= 0.1 * len(drawn):
+                return drawn, of_drawn, ess, heavy
             warnings.warn(
-                f"of {len(scales)} draws from the {self.proposal} {ess:.0f} count: s^2 is integrated by quadrature instead",
+                f"of {len(drawn)} draws from the {self.proposal} {0 if math.isnan(ess) else ess:.0f} count: s^2 is integrated by "
+                "quadrature instead",
                 RuntimeWarning, stacklevel=2,
             )  # fmt: skip
-        scales, weights, _ = _nodes(given, prior)
-        return scales, weights, math.nan
+        return scales, weights, math.nan, heavy
 
     def _drawn(self, given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor]:
         random = check_random_state(self.random_state)
@@ -341,30 +365,40 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
             return _Weighted(self._s2, self._weights)
         from torch.distributions import InverseGamma
 
-        law = self._prior().posterior(self._given)
+        law = self._law.posterior(self._given)
         return InverseGamma(law.alpha, law.beta)
 
     def _predictive(self, X: Tensor) -> Distribution:
         with torch.no_grad():
-            cross, own = _gram(self.kernel_, X, self._X), _diagonal(self.kernel_, X)
+            # Some rows at a time: their covariances with all training rows are held at once.
+            size = max(1, 4_000_000 // len(self._X))
+            covariances = [
+                (_gram(self.kernel_, rows, self._X), _diagonal(self.kernel_, rows)) for rows in X.split(size)
+            ]
             if not len(self._s2):
-                mean, variance = self._given.predict(cross, own)
-                law = self._prior().posterior(self._given)
+                found = [self._given.predict(*each) for each in covariances]
+                mean, variance = (torch.cat(each) for each in zip(*found, strict=True))
+                law = self._law.posterior(self._given)
                 return _Heavy(2 * law.alpha, mean, (law.beta / law.alpha * variance).sqrt())
-            mean, variance = self._given.predict_at(cross, own, self._s2)
+            found = [self._given.predict_at(*each, self._s2) for each in covariances]
+            mean, variance = (torch.cat(each) for each in zip(*found, strict=True))
             parts = Normal(mean, variance.sqrt())
             if len(self._s2) == 1:
                 return Normal(parts.loc[:, 0], parts.scale[:, 0])
-            return MixtureSameFamily(Categorical(logits=self._weights.log().expand(len(X), -1)), parts)
+            return _Mixture(Categorical(logits=self._weights.log().expand(len(X), -1)), parts, self._heavy)
 
     def _draws(self, X: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
         """Of all rows together: one scale a draw, shared by all of them."""
+        if len(X) > _MOST_TOGETHER:
+            raise ValueError(
+                f"draws of all rows together are of up to {_MOST_TOGETHER:,} rows, got {len(X):,}: give some at a time"
+            )
         with torch.no_grad():
             if len(self._s2):
                 chosen = torch.multinomial(self._weights, n_samples, True, generator=generator)
                 s2 = self._s2[chosen]
             else:
-                law = self._prior().posterior(self._given)
+                law = self._law.posterior(self._given)
                 gamma = check_random_state(generator.initial_seed() % 2**32).gamma(float(law.alpha), size=n_samples)
                 s2 = law.beta / torch.from_numpy(gamma)
             cross, own = _gram(self.kernel_, X, self._X), _gram(self.kernel_, X, X)
@@ -390,7 +424,7 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
             found = [self._joint(one, noisy) for one in rows]
             mean = torch.stack([one[0] for one in found]).reshape(X.shape[:-1]) * self._scale + self._mean
             covariance = torch.stack([one[1] for one in found]).reshape(*X.shape[:-1], X.shape[-2]) * self._scale**2
-            degrees = None if len(self._s2) else 2 * float(self._prior().posterior(self._given).alpha)
+            degrees = None if len(self._s2) else 2 * float(self._law.posterior(self._given).alpha)
             return joint_posterior(mean, covariance, degrees)
 
         return SurrogateModel(posterior)
@@ -400,7 +434,7 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         mean, covariance = self._given.joint(_gram(self.kernel_, X, self._X), _gram(self.kernel_, X, X), noisy)
         if len(self._s2):
             return mean, float(self._s2[0]) * covariance
-        law = self._prior().posterior(self._given)
+        law = self._law.posterior(self._given)
         return mean, law.beta / law.alpha * covariance
 
     def _fresh_kernel(self) -> Any:
@@ -421,6 +455,8 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
             "b_std": float(self.kernel_.log_b.exp()),
             "noise": self.noise_,
             "n_iter": self.n_iter_,
+            "ess": self.ess_,
+            "heavy": self._heavy,
         }
         tensors = {"X": self._X, "y": self._y, "s2": self._s2, "weights": self._weights}
         return tensors | self.kernel_.state_dict(prefix="kernel."), values
@@ -429,8 +465,16 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         kernel = self._fresh_kernel()
         kernel.load_state_dict({name.removeprefix("kernel."): one for name, one in tensors.items() if "." in name})
         self.n_iter_ = values["n_iter"]
-        self._keep(tensors["X"], tensors["y"], kernel, values["noise"])
-        self._s2, self._weights = tensors["s2"], tensors["weights"]
+        with warnings.catch_warnings():
+            # What draws were worth was told when they were made; they are kept.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self._keep(tensors["X"], tensors["y"], kernel, values["noise"])
+        self._s2, self._weights, self.ess_, self._heavy = (
+            tensors["s2"],
+            tensors["weights"],
+            values["ess"],
+            values["heavy"],
+        )
 
 
 class _Conditioned(NamedTuple):
@@ -530,6 +574,16 @@ class _InverseGamma(NamedTuple):
     def draw(self, count: int, random: np.random.RandomState) -> Any:
         return float(self.beta) / random.gamma(float(self.alpha), size=count)
 
+    def bounds(self) -> tuple[float, float]:
+        """Of log s^2."""
+        return -math.inf, math.inf
+
+    def middle(self) -> Tensor:
+        """Values of log s^2 where the prior has its mass."""
+        if not float(self.alpha):
+            return torch.zeros(0, dtype=torch.float64)
+        return _middle(invgamma(float(self.alpha), scale=float(self.beta)))
+
 
 class _Point(NamedTuple):
     s2: float
@@ -551,6 +605,22 @@ class _Law(NamedTuple):
     def draw(self, count: int, random: np.random.RandomState) -> Any:
         return self.law.rvs(size=count, random_state=random)
 
+    def bounds(self) -> tuple[float, float]:
+        """Of log s^2."""
+        if not hasattr(self.law, "support"):
+            return -math.inf, math.inf
+        low, high = (float(one) for one in self.law.support())
+        return (math.log(low) if low > 0 else -math.inf), (math.log(high) if high < math.inf else math.inf)
+
+    def middle(self) -> Tensor:
+        """Values of log s^2 where the prior has its mass."""
+        return _middle(self.law) if hasattr(self.law, "ppf") else torch.zeros(0, dtype=torch.float64)
+
+
+def _middle(law: Any) -> Tensor:
+    found = torch.from_numpy(np.asarray(law.ppf(np.linspace(0.001, 0.999, 61)))).log()
+    return found[found.isfinite()]
+
 
 def _prior_of(prior: Prior, alpha: float, beta: float) -> _InverseGamma | _Point | _Law:
     if isinstance(prior, str):
@@ -560,18 +630,44 @@ def _prior_of(prior: Prior, alpha: float, beta: float) -> _InverseGamma | _Point
     return _Law(prior)
 
 
-def _nodes(given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of s^2 evenly spaced in logarithms where the posterior has its mass, their weights, and the log evidence."""
+def _nodes(given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Values of s^2 where the posterior has its mass, their weights, the log evidence, and whether E s^2 is infinite.
+
+    Gauss-Legendre quadrature over log s^2, between the ends of the support or where the integrand has vanished.
+    """
+
+    def height(logs: Tensor) -> Tensor:
+        return prior.log_density(logs.exp()) + logs + given.log_likelihood(logs.exp())
+
     with torch.no_grad():
-        wide = torch.linspace(-80, 80, 4001, dtype=torch.float64)
-        heights = prior.log_density(wide.exp()) + wide + given.log_likelihood(wide.exp())
-        # As far as the tails in which an outlier would have to lie.
-        inside = wide[heights > heights.max() - 90]
-    nodes = torch.linspace(float(inside[0]) - 0.1, float(inside[-1]) + 0.1, _NODES, dtype=torch.float64)
-    # Of a smooth integrand that has vanished at both ends, evenly spaced sums are exact to rounding.
-    logs = prior.log_density(nodes.exp()) + nodes + given.log_likelihood(nodes.exp())
-    evidence = logs.logsumexp(0) + math.log(float(nodes[1] - nodes[0]))
-    return nodes.exp(), (logs - logs.logsumexp(0)).exp().detach(), evidence
+        centre = math.log(float(given.quadratic) / given.rows) if given.rows and float(given.quadratic) > 0 else 0.0
+        least, most = prior.bounds()
+        low, high = max(least, min(-80.0, centre - 80)), min(most, max(80.0, centre + 80))
+        inside = torch.empty(0)
+        # Each time nearer to where the mass lies, which may be a thousandth of what was looked at.
+        for _ in range(12):
+            wide = torch.linspace(low, high, 4001, dtype=torch.float64)
+            heights = torch.cat([height(wide), height(prior.middle())])
+            places = torch.cat([wide, prior.middle()])
+            if not bool(heights.isfinite().any()):
+                raise ValueError(
+                    "s^2 has no mass where it was looked for: the prior's density is 0 or not finite there"
+                )
+            # As far as the tails in which an outlier would have to lie.
+            inside = places[heights > heights.max() - 90]
+            step = float(wide[1] - wide[0])
+            low, high = max(least, float(inside.min()) - step), min(most, float(inside.max()) + step)
+            if int((heights[: len(wide)] > heights.max() - 90).sum()) > 40 or step < 1e-14:
+                break
+        # E s^2 is infinite where the density of log s^2 falls more slowly than 1 / s^2.
+        ends = torch.tensor([high - 1e-3, high], dtype=torch.float64)
+        fall = height(ends).diff() / 1e-3
+        heavy = high < most and float(fall) > -1.001
+    points, weights = (torch.from_numpy(one) for one in np.polynomial.legendre.leggauss(_NODES))
+    nodes = low + (high - low) * (points + 1) / 2
+    logs = height(nodes) + (weights * (high - low) / 2).log()
+    evidence = logs.logsumexp(0)
+    return nodes.exp(), (logs - evidence).exp().detach(), evidence, heavy
 
 
 class _Heavy(StudentT):
@@ -584,6 +680,18 @@ class _Heavy(StudentT):
     @property
     def variance(self) -> Tensor:
         return torch.where(self.df > 2, super().variance, math.inf)
+
+
+class _Mixture(MixtureSameFamily):
+    """A mixture whose variance may be infinite, which no number of nodes would show."""
+
+    def __init__(self, weights: Categorical, parts: Normal, heavy: bool) -> None:
+        super().__init__(weights, parts)
+        self.heavy = heavy
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.full_like(super().variance, math.inf) if self.heavy else super().variance
 
 
 class _Weighted(Distribution):
@@ -610,18 +718,15 @@ def _gram(kernel: Any, X: Tensor, Z: Tensor) -> Tensor:
     found = kernel(X, Z)
     found = found.to_dense() if hasattr(found, "to_dense") and not isinstance(found, Tensor) else found
     if not isinstance(found, Tensor) or found.shape != (len(X), len(Z)):
-        raise ValueError(
-            f"a kernel gives covariances {(len(X), len(Z))} here, and gave {tuple(getattr(found, 'shape', ()))}"
-        )
+        told = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"a kernel gives covariances as a tensor {(len(X), len(Z))} here, and gave {told}")
     return found
 
 
 def _diagonal(kernel: Any, X: Tensor) -> Tensor:
     if isinstance(kernel, NNGPKernel):
         return kernel.diagonal(X)
-    if isinstance(kernel, nn.Module):
-        return cast(Tensor, kernel(X, X, diag=True))
-    return torch.cat([_gram(kernel, row[None], row[None])[0] for row in X])
+    return torch.cat([_gram(kernel, rows, rows).diagonal() for rows in X.split(200)])
 
 
 def check_network(depth: Any, activation: Any, w_std: Any, b_std: Any, alpha: Any, beta: Any) -> None:
@@ -645,7 +750,14 @@ def check_prior(prior: Prior) -> None:
     ):
         if (prior[0], len(prior)) in (("burr12", 3), ("point", 2)):
             return
-    elif prior == "invgamma" or callable(getattr(prior, "logpdf", None)) or callable(prior):
+    elif isinstance(prior, str):
+        if prior == "invgamma":
+            return
+    elif hasattr(prior, "logpdf"):
+        if float(prior.support()[0]) < 0 and float(prior.cdf(0)) > 0:
+            raise ValueError("s^2 is a variance, and this prior has mass below 0: truncate it, or give another")
+        return
+    elif callable(prior):
         return
     raise ValueError(
         'prior is "invgamma", ("burr12", c, d), ("point", s2) with numbers above 0, a frozen distribution of SciPy, or a '
@@ -893,13 +1005,26 @@ class WideNetworkLimit:
     ) -> None:  # fmt: skip
         check_network(depth, activation, w_std, b_std, alpha, beta)
         check_prior(prior)
+        if prior == "invgamma" and not alpha:
+            raise ValueError("s^2 is drawn from the prior, and an improper one cannot be: give alpha and beta above 0")
         if train not in ("readout", "all"):
             raise ValueError(f"train is readout or all, got {train!r}")
         self.kernel, self.train = NNGPKernel(depth, activation, w_std=w_std, b_std=b_std), train
         self._law = _prior_of(prior, alpha, beta)
 
     def moments(self, X: Tensor, y: Tensor, X_test: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (m,) and covariance (m, m) at X_test (m, d) of networks trained on X (n, d) and y (n,), for s^2 = 1."""
+        """Mean (m,) and covariance (m, m) at X_test (m, d) of networks trained on X (n, d) and y (n,), for s^2 = 1.
+
+        Raises:
+            ValueError: Shapes that do not fit, or values that are not finite.
+        """
+        X, y, X_test = (torch.as_tensor(one, dtype=torch.float64) for one in (X, y, X_test))
+        if X.ndim != 2 or X_test.ndim != 2 or X.shape[1] != X_test.shape[1] or y.shape != (len(X),):
+            raise ValueError(
+                f"X is (n, d), y (n,) and X_test (m, d), got {tuple(X.shape)}, {tuple(y.shape)} and {tuple(X_test.shape)}"
+            )
+        if not all(bool(one.isfinite().all()) for one in (X, y, X_test)):
+            raise ValueError("X, y and X_test hold NaN or infinity")
         with torch.no_grad():
             K, cross, own = (self.kernel(*pair) for pair in ((X, X), (X_test, X), (X_test, X_test)))
             theta, theta_cross = K, cross
@@ -919,6 +1044,6 @@ class WideNetworkLimit:
             return Normal(mean, (self._law.s2 * variance).sqrt())
         zero = torch.zeros((), dtype=torch.float64)
         nothing = _Conditioned(0, zero, zero, zero, zero, zero, None)
-        s2, weights, _ = _nodes(nothing, self._law)
+        s2, weights, _, heavy = _nodes(nothing, self._law)
         parts = Normal(mean[:, None], (variance[:, None] * s2).sqrt())
-        return MixtureSameFamily(Categorical(logits=weights.log().expand(len(mean), -1)), parts)
+        return _Mixture(Categorical(logits=weights.log().expand(len(mean), -1)), parts, heavy)

@@ -9,7 +9,9 @@ import torch
 from botorch.models.model import Model
 from botorch.posteriors import GPyTorchPosterior, Posterior
 from gpytorch.distributions import MultivariateNormal
+from linear_operator import to_linear_operator
 from scipy.special import chdtri, ndtr
+from scipy.stats import t as student_t
 from torch import Tensor
 
 
@@ -47,14 +49,18 @@ class SurrogateModel(Model):
         """The posterior at X (b1 x ... x n x d).
 
         Raises:
-            ValueError: Some of the outputs are asked for, or noise is given as a tensor.
+            ValueError: Some of the outputs are asked for, noise is given as a tensor, or a transform for Student's t.
         """
         if output_indices is not None and output_indices != list(range(self._outputs)):
             raise ValueError(f"all {self._outputs} outputs are given together, got output_indices={output_indices}")
         if not isinstance(observation_noise, bool):
             raise ValueError("observation_noise is True or False: the noise is the model's own")
         found = self._of(X, observation_noise)
-        return found if posterior_transform is None else posterior_transform(found)
+        if posterior_transform is None:
+            return found
+        if isinstance(found, StudentTPosterior):
+            raise ValueError("a posterior transform would make a normal law of Student's t: give an objective instead")
+        return posterior_transform(found)
 
 
 def joint_posterior(mean: Tensor, covariance: Tensor, degrees: float | None = None) -> GPyTorchPosterior:
@@ -65,7 +71,8 @@ def joint_posterior(mean: Tensor, covariance: Tensor, degrees: float | None = No
         covariance: (b1 x ... x n x n); of a t its scale matrix.
         degrees: Of freedom.
     """
-    normal = MultivariateNormal(mean, covariance)
+    # As an operator, which gets jitter where rows are the same.
+    normal = MultivariateNormal(mean, to_linear_operator(covariance))
     return GPyTorchPosterior(normal) if degrees is None else StudentTPosterior(normal, degrees)
 
 
@@ -94,6 +101,17 @@ class StudentTPosterior(GPyTorchPosterior):
         """Infinite up to two degrees of freedom."""
         share = self.degrees / (self.degrees - 2) if self.degrees > 2 else torch.inf
         return super().variance * share
+
+    def quantile(self, value: Tensor) -> Tensor:
+        """Quantiles (b1 x ... x n x 1) of each target, for levels with more dimensions before them."""
+        centre, extent = self.mean.detach(), self.distribution.variance.detach().sqrt()[..., None]
+        return centre + extent * torch.as_tensor(student_t.ppf(value.cpu().numpy(), self.degrees), dtype=self.dtype)
+
+    def density(self, value: Tensor) -> Tensor:
+        """Density of each target, (b1 x ... x n x 1)."""
+        centre, extent = self.mean.detach(), self.distribution.variance.detach().sqrt()[..., None]
+        z = ((value - centre) / extent).cpu().numpy()
+        return torch.as_tensor(student_t.pdf(z, self.degrees), dtype=self.dtype) / extent
 
     def rsample_from_base_samples(self, sample_shape: torch.Size, base_samples: Tensor) -> Tensor:
         """Draws (sample_shape x b1 x ... x n x 1) made of base samples, differentiable in the features."""

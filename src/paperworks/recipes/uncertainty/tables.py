@@ -133,6 +133,8 @@ def record_scores(
                 values = [getattr(one, figure) for one in found]
                 if np.isfinite(values).all():
                     run.mean(f"{_told(figure)}, {table}", values, unit=unit, better=better, series=name)
+                elif not np.isnan(values).all():
+                    run.log(f"{name} on {table}: {_told(figure)} is not finite on every split, and left out")
         for other in against:
             for figure in ("nll", "rmse"):
                 ours, theirs = ([getattr(one, figure) for one in each[name]] for name in (method, other))

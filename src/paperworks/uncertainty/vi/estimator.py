@@ -21,6 +21,7 @@ from paperworks.uncertainty.vi.execution import (
     current,
     executing,
     run_shape,
+    under_way,
 )
 from paperworks.uncertainty.vi.strategies import plain
 
@@ -94,9 +95,14 @@ class Estimator:
             ValueError: Densities or what is returned do not fit the runs, a strategy does not fit its distribution, two choices bear
                 one name, `choices` lack one, or a `Reparam` sample is made a Python number.
             TypeError: What the objective returns is no number or tensor.
+            RuntimeError: An objective is running, where `draw` is meant.
         """
+        if under_way():
+            raise RuntimeError(
+                "an expectation within an objective is a part of it: write .draw(), which shares its runs and generator"
+            )
         shape = run_shape(draws, batch_shape)
-        estimate = self._continue(Execution(shape, generator))
+        estimate = self._continue(Execution(shape, generator, batch=tuple(batch_shape)))
         return estimate if draws is None else estimate.mean(0)
 
     def value(
@@ -132,7 +138,7 @@ class Estimator:
         total = self.surrogate(draws=draws, batch_shape=batch_shape, generator=generator).mean()
         if not total.requires_grad:
             return total, tuple(torch.zeros_like(one) for one in found)
-        return total.detach(), torch.autograd.grad(total, found, materialize_grads=True)
+        return total.detach(), tuple(map(plain, torch.autograd.grad(total, found, materialize_grads=True)))
 
     def draw(self) -> Tensor:
         """One estimate as part of another objective, (*runs), each call with choices of its own.
@@ -144,10 +150,8 @@ class Estimator:
             RuntimeError: No objective is running.
         """
         execution = current("Estimator.draw")
-        outer, execution.names = execution.names, set()
-        result = _checked(self.objective(*self.args, **(self.options or {})), execution)
-        execution.names = outer
-        return result
+        with execution.taking(execution._sample, set()):
+            return _checked(self.objective(*self.args, **(self.options or {})), execution)
 
     def exp(self, rate: float = 1.0) -> Tensor:
         """An unbiased estimate of the exponential of E as part of another objective, (*runs).
@@ -206,7 +210,8 @@ class Estimator:
             if isinstance(entry, Cost):
                 rest = rest + plain(entry.value)
             elif not isinstance(entry, Pinned):
-                rest = entry.strategy.reduce(entry, rest, partial(replay, place))
+                # Parameters of a choice may have been computed from a Reparam sample.
+                rest = plain(entry.strategy.reduce(entry, rest, partial(replay, place)))
         return rest
 
 

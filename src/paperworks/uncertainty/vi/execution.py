@@ -129,6 +129,7 @@ class Execution:
         plates: Dimensions of plates under way, counted from the right.
         entries: What has been chosen so far.
         names: Of choices that the objective itself makes.
+        batch: The last dimensions of `shape`, one entry for each item of a batch of data.
         sample: What takes a choice: the objective itself, or the program that is traced in it.
     """
 
@@ -139,6 +140,7 @@ class Execution:
     plates: tuple[int, ...] = ()
     entries: list[Entry] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
+    batch: Shape = ()
     sample: Callable[[str, Distribution, Strategy], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -194,9 +196,26 @@ class Execution:
         """Make every run `size` runs."""
         plate = Plate(self, size, -1 - len(self.shape))
         self.shape, self.plates = (size, *self.shape), (*self.plates, plate.dim)
-        yield plate
-        place = len(self.shape) + plate.dim
-        self.shape, self.plates = (*self.shape[:place], *self.shape[place + 1 :]), self.plates[:-1]
+        try:
+            yield plate
+        finally:
+            place = len(self.shape) + plate.dim
+            self.shape, self.plates = (*self.shape[:place], *self.shape[place + 1 :]), self.plates[:-1]
+
+    @contextmanager
+    def taking(self, sample: Callable[[str, Distribution, Strategy], Tensor], names: set[str]) -> Iterator[None]:
+        """Have choices taken by `sample`, and known by `names` where the objective makes them."""
+        before = self.sample, self.names
+        self.sample, self.names = sample, names
+        try:
+            yield
+        finally:
+            self.sample, self.names = before
+
+    @property
+    def tracing(self) -> bool:
+        """Whether a program is run to see its choices, and not the objective itself."""
+        return self.sample != self._sample
 
     def _pinned(self, name: str) -> Site | Pinned | None:
         if len(self.entries) >= len(self.prefix):

@@ -16,6 +16,7 @@ from paperworks.uncertainty.vi.programs import (
     Density,
     Marginal,
     Normalize,
+    Observed,
     Program,
     Trace,
     log_density,
@@ -193,7 +194,7 @@ def p_wake(
     @expectation
     def objective(*args: Any) -> Tensor:
         x = _of_posterior(model, guide, data, particles, proposal, index, model_args, guide_args)
-        return log_density(model, {**x.choices, **data}, model_args)
+        return log_density(model, Observed(data, x.choices), model_args)
 
     return objective(model, guide, data, model_args, guide_args)
 
@@ -217,7 +218,7 @@ def symmetric(
     @expectation
     def objective(*args: Any) -> Tensor:
         x = _of_posterior(model, guide, data, particles, proposal, index, model_args, guide_args)
-        reverse = log_density(guide, x.choices, guide_args) - log_density(model, {**x.choices, **data}, model_args)
+        reverse = log_density(guide, x.choices, guide_args) - log_density(model, Observed(data, x.choices), model_args)
         return _log_weight(*args) + reverse
 
     return objective(model, guide, data, model_args, guide_args)
@@ -228,7 +229,7 @@ def _log_weight(
 ) -> Tensor:
     """The log weight log p(x, y) - log q(x) at an x of the guide."""
     x = simulate(guide, guide_args)
-    return log_density(model, {**x.choices, **data}, model_args) - x.log_density
+    return log_density(model, Observed(data, x.choices), model_args) - x.log_density
 
 
 def _of_posterior(

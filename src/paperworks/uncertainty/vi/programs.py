@@ -29,6 +29,18 @@ from paperworks.uncertainty.vi.strategies import Reinforce, Strategy, checked, p
 Choices = Mapping[str, Any]
 
 
+class Observed(dict[str, Any]):
+    """Values of choices, some of which are data: these have no dimension but those of the batch and their event's."""
+
+    def __init__(self, data: Choices, others: Choices | None = None) -> None:
+        super().__init__({**(others or {}), **data})
+        self.data = frozenset(data)
+        if both := self.data & set(others or ()):
+            raise ValueError(
+                f"{', '.join(sorted(both))} is data, and what draws the other choices makes it too: leave it out of one of both"
+            )
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a program did.
@@ -77,9 +89,8 @@ class Program(Density):
     def trace(self, args: Sequence[Any], given: Choices, *, complete: bool = False) -> Trace:
         """Run with some choices given, the others drawn; `complete` where all are to be given."""
         execution, tracer = current("a program"), _Tracer(given, complete)
-        outer, execution.sample = execution.sample, tracer.sample
-        result = self.function(*args)
-        execution.sample = outer
+        with execution.taking(tracer.sample, execution.names):
+            result = self.function(*args)
         if unused := set(given) - set(tracer.choices):
             raise ValueError(
                 f"the program makes no choice named {', '.join(sorted(unused))}: it makes {', '.join(tracer.choices) or 'none'}"
@@ -132,6 +143,9 @@ class _Tracer:
         execution = current("sample")
         if name in self.given:
             value = _as_value(name, self.given[name], distribution)
+            if name in getattr(self.given, "data", ()):
+                # Else it might fit particles or draws of the same number, and be one of them.
+                check_fits(f"data {name}", value.shape[: value.ndim - len(distribution.event_shape)], execution.batch)
             log_density = _log_prob(name, distribution, value)
             check_fits(name, log_density.shape, execution.shape)
         elif self.complete:
@@ -337,7 +351,13 @@ class SIR:
             others = {name: value for name, value in trace.choices.items() if name not in given}
             return Particle(others, trace.event_dims, trace.log_density, _given(trace, given))
         proposed = self.proposal.random_weighted((given, *args))
-        joint = target.estimate_logpdf({**given, **proposed.choices}, args)
+        if both := set(given) & set(proposed.choices):
+            raise ValueError(
+                f"{', '.join(sorted(both))} is given, and the proposal draws it too: leave it out of the proposal"
+            )
+        data = {name: given[name] for name in getattr(given, "data", ())}
+        others = {name: value for name, value in given.items() if name not in data}
+        joint = target.estimate_logpdf(Observed(data, {**others, **proposed.choices}), args)
         return Particle(proposed.choices, proposed.event_dims, joint, joint - proposed.log_density)
 
     def weigh(self, trace: Trace, given: Choices, args: Sequence[Any]) -> Tensor:
@@ -427,7 +447,7 @@ class Normalize(Density):
         _check_program(program, algorithm)
         if not data:
             raise ValueError("a posterior is given data: name at least one choice and its value")
-        self.program, self.data, self.algorithm = program, dict(data), algorithm
+        self.program, self.data, self.algorithm = program, Observed(data), algorithm
 
     def random_weighted(self, args: Sequence[Any]) -> Trace:
         """Draw particles, choose one by weight; the log density is log p(x, y) less the log evidence that they estimate."""
@@ -456,7 +476,7 @@ class Normalize(Density):
 
     def estimate_logpdf(self, choices: Choices, args: Sequence[Any]) -> Tensor:
         """Its log density, log p(x, y) less the log evidence by N particles, of which x is one."""
-        trace = self.program.trace(args, {**choices, **self.data}, complete=True)
+        trace = self.program.trace(args, Observed(self.data, choices), complete=True)
         weight = self.algorithm.weigh(trace, self.data, args)
         return trace.log_density - _with_retained(self.algorithm, self.program, self.data, args, weight)
 
@@ -527,9 +547,15 @@ def _check_program(target: Any, algorithm: Any) -> None:
 def _top_level(draws: int | None, batch_shape: Sequence[int], generator: torch.Generator | None) -> Iterator[None]:
     """Plain sampling where no objective is running."""
     if not under_way():
-        with executing(Execution(run_shape(draws, batch_shape), generator, estimating=False)):
+        shape = run_shape(draws, batch_shape)
+        with executing(Execution(shape, generator, estimating=False, batch=tuple(batch_shape))):
             yield
         return
+    if current("simulate").tracing:
+        raise ValueError(
+            "simulate and log_density are asked of a program by an objective, and not within another program, whose density "
+            "would then be random: call the inner program as a function"
+        )
     if draws is not None or batch_shape or generator is not None:
         raise ValueError(
             "in an objective runs and generator are its own: give draws, batch_shape and generator to the estimator"

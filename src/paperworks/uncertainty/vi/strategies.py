@@ -153,11 +153,11 @@ class Enum(Strategy):
     def reduce(self, site: Site, rest: Tensor, replay: Replay) -> Tensor:
         """Weigh each value by its probability."""
         if site.lead:
-            return (site.over_plates(site.log_prob).exp() * rest).sum(0)
+            return _share(site.over_plates(site.log_prob).exp(), rest).sum(0)
         first, *others = _joint_values(site.distribution, site.shape, site.plates)
-        total = self._probability(site, first) * rest
+        total = _share(self._probability(site, first), rest)
         for value in others:
-            total = total + self._probability(site, value) * replay(value, ())
+            total = total + _share(self._probability(site, value), replay(value, ()))
         return total
 
     def _probability(self, site: Site, value: Tensor) -> Tensor:
@@ -295,6 +295,12 @@ def checked(name: str, distribution: Distribution, strategy: Strategy | None) ->
             f"{type(strategy).__name__} cannot be the strategy of choice {name!r} from {type(distribution).__name__}: {wrong}"
         )
     return strategy
+
+
+def _share(probability: Tensor, rest: Tensor) -> Tensor:
+    """Their product, zero with its gradient where a value is impossible, whatever the rest is there."""
+    possible = probability > 0
+    return torch.where(possible, probability * torch.where(possible, rest, 0), 0)
 
 
 def _base(distribution: Distribution) -> Distribution:
