@@ -155,7 +155,7 @@ def test_the_estimate_is_what_the_parts_and_steps_take(monkeypatch, tmp_path, ch
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"method": "hydro"}, "there is no method 'hydro': drafters are medusa, hydra, hydra++"),
+        ({"method": "hydro"}, "there is no method 'hydro': drafters are medusa, hydra, hydra, 3 heads, hydra++"),
         ({"method": "plain"}, "there is no method 'plain': drafters are medusa"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"tokens": 199}, "tokens takes a whole number of at least 200, not 199"),

@@ -995,8 +995,8 @@ class WideNetworkLimit:
         >>> limit = WideNetworkLimit(1, b_std=0.5)
         >>> X = torch.tensor([[-1.0], [0.5], [1.0]], dtype=torch.float64)
         >>> law = limit.predictive(X[:2], torch.tensor([1.0, -1.0], dtype=torch.float64), X)
-        >>> law.mean[:2]
-        tensor([ 1., -1.], dtype=torch.float64)
+        >>> [round(value, 6) for value in law.mean[:2].tolist()]
+        [1.0, -1.0]
     """
 
     def __init__(
