@@ -177,3 +177,22 @@ def test_what_a_folder_holds_is_not_overwritten(paperworks, tmp_path):
     assert status == 2 and err.strip() == (
         f"paperworks: {tmp_path / 'out'} holds something already: give the drafter a folder of its own by --out"
     )
+
+
+@pytest.mark.parametrize(("gain", "drafts"), [(1.3, True), (0.8, False)])
+def test_a_drafter_of_another_kind_is_used_where_it_pays(gain, drafts, monkeypatch, tmp_path):
+    from paperworks.consult.writing import write
+    from paperworks.decoding import costs, engine
+
+    monkeypatch.setattr("paperworks.lab.cache.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(costs, "drafting_gain", lambda drafter, model, prompt: gain)
+    monkeypatch.setattr("paperworks.recipes.decoding.drafting.Drafting.train_tokens", 600)
+    used, whole = [], engine.generate_as_asked
+    monkeypatch.setattr(
+        engine,
+        "generate_as_asked",
+        lambda model, ids, drafter, *rest, **asked: used.append(drafter) or whole(model, ids, drafter, *rest, **asked),
+    )
+    text = write("Hello", model="tiny-random-llama", method="first layer", max_new_tokens=6, temperature=0.0).text
+    assert (used[0] is not None) == drafts
+    assert text == write("Hello", model="tiny-random-llama", method="plain", max_new_tokens=6, temperature=0.0).text

@@ -311,3 +311,22 @@ def test_calls_are_timed_in_turn_and_the_median_counts(monkeypatch):
 
     assert in_turn([call("a"), call("b")], torch.device("cpu"), 3) == [2, 5]
     assert "".join(made) == "abababab"
+
+
+def test_what_a_drafter_of_another_kind_gains_is_timed_once(tmp_path, monkeypatch):
+    from paperworks.decoding import RecursiveSpeculation, StochasticBeam
+    from paperworks.decoding.costs import drafting_gain
+    from paperworks.hub import load_model
+
+    monkeypatch.setattr("paperworks.decoding.costs.user_cache_path", lambda name: tmp_path / name)
+    model, _ = load_model("tiny-random-llama")
+    drafter = RecursiveSpeculation.from_target(model, draft=1, tree=StochasticBeam(2, 2))
+    seconds = iter([[2.0, 1.0], [9.0, 1.0]])
+    monkeypatch.setattr(
+        "paperworks.decoding.costs.in_turn",
+        lambda calls, device, rounds: [call() and 0 for call in calls] and next(seconds),
+    )
+    prompt = torch.tensor([[1, 2, 3]])
+    assert drafting_gain(drafter, model, prompt) == 2.0 == drafting_gain(drafter, model, prompt)
+    # Behind another text it may be another.
+    assert drafting_gain(drafter, model, torch.tensor([[4, 5]])) == 9.0

@@ -99,7 +99,7 @@ def write(
         chosen: Any = (
             pack_linears(Drafter.from_pretrained(drafter, target))
             if drafter
-            else _drafter(method, target, tokenizer, model, display)
+            else _drafter(method, target, tokenizer, model, display, ids)
         )
         if display is not None:
             display.close()
@@ -150,8 +150,13 @@ def _options(config: Any, temperature: float | None, top_k: int | None, top_p: f
     return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}
 
 
-def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Display | None) -> Any:
-    """The drafter called `method`, as it comes with the package or trained as its recipe trains it; None for plain decoding."""
+def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Display | None, prompt: Any) -> Any:
+    """The drafter called `method`, as it comes with the package or trained as its recipe trains it.
+
+    None for plain decoding, also where that is faster behind the prompt than a drafter whose tree does not hang on costs.
+    """
+    from paperworks.decoding import TreeShape
+    from paperworks.decoding.costs import drafting_gain
     from paperworks.recipes.decoding.drafting import Drafting, drafter_named, shipped, trained
 
     if method.lower() == "plain":
@@ -161,7 +166,13 @@ def _drafter(method: str, target: Any, tokenizer: Any, model: str, display: Disp
         return ready
     # The recipes' own parameters make the same key, so that what `paperworks run` trained is used again.
     work = Drafting()
-    return trained(
+    drafter = trained(
         run, name, target, tokenizer, model=model, tokens=work.train_tokens,
         epochs=work.epochs, vocabulary=work.draft_vocabulary, nodes=None, seed=0,
     )  # fmt: skip
+    if isinstance(getattr(drafter, "tree", None), TreeShape) or hasattr(drafter, "nodes"):
+        return drafter
+    gain = drafting_gain(drafter, target, prompt)
+    pays = f"about {gain:.2f} times plain decoding" if gain > 1 else "no drafting pays here: text is written plainly"
+    run.log(f"{name} on this machine: {pays}")
+    return drafter if gain > 1 else None

@@ -241,6 +241,38 @@ def drafting_costs(
     return [each / plain for each in drafts]
 
 
+def drafting_gain(
+    drafter: Drafter, model: nn.Module, prompt: Tensor, *, new_tokens: int = 24, rounds: int = 3
+) -> float:
+    """Tokens a second that `drafter` gives, in those of plain decoding, timed in turn; kept as `pass_costs` are.
+
+    For drafters whose tree is not chosen by what passes and drafts cost.
+
+    Args:
+        drafter: As it will be used.
+        model: The target.
+        prompt: (1, length) token ids, behind which greedy text is written.
+        new_tokens: Of that text.
+        rounds: How often each has its turn; the median counts.
+    """
+    from paperworks.decoding.engine import generate
+
+    target = Target(model)
+
+    def measure() -> dict[str, float]:
+        ways = [
+            lambda way=way: generate(model, prompt, drafter=way, max_new_tokens=new_tokens) for way in (None, drafter)
+        ]
+        plain, drafted = in_turn(ways, target.device, rounds)
+        return {"gain": plain / drafted}
+
+    key = {
+        "what": "gain", "drafter": weights_digest(drafter), "kind": repr(getattr(drafter, "tree", None)), "prompt": prompt.tolist(),
+        "tokens": new_tokens, "passes": _machine(model, target), **_machine(drafter, target),
+    }  # fmt: skip
+    return _kept(key, measure)["gain"]
+
+
 def _between(trees: Sequence[TreeShape], drafter: Drafter, model: nn.Module) -> list[float]:
     """What drafting each tree costs: of each depth the smallest, a middle and the largest are measured."""
     ends: list[TreeShape] = []
