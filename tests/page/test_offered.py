@@ -23,7 +23,9 @@ def test_every_number_of_every_recipe_has_bounds_of_the_default_scales_order(slu
     assert parameter.bounds is not None, f"{slug}: give {name} bounds, Annotated[..., Between(low, high)]"
     assert parameter.bounds.low <= parameter.default <= parameter.bounds.high
     if parameter.type is int:
-        assert parameter.bounds.high <= 4 * parameter.default
+        # Hydra's 0 stands for what pays on the machine: there other recipes' number is taken.
+        usual = find("chimera").parameters["nodes"].default if (slug, name) == ("hydra", "nodes") else parameter.default
+        assert parameter.bounds.high <= 4 * usual
 
 
 @pytest.mark.parametrize("slug", recipes())

@@ -51,9 +51,10 @@ def test_it_takes_the_options_it_shares_with_hydra():
     from paperworks.lab.recipe import find
 
     ours, theirs = find("recursive-speculation").parameters, find("hydra").parameters
-    shared = theirs.keys() - {"prefix_layer"}
+    shared = theirs.keys() - {"prefix_layer", "heads"}
     assert shared <= ours.keys() and all(ours[name].type == theirs[name].type for name in shared)
-    assert all(ours[name].default == theirs[name].default for name in shared)
+    # Hydra's tree is the machine's best; trees here are of a size.
+    assert all(ours[name].default == theirs[name].default for name in shared - {"nodes"})
 
 
 @pytest.mark.parametrize(

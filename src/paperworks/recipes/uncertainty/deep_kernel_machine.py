@@ -41,7 +41,7 @@ def deep_kernel_machine(
     steps: Annotated[int, Between(5, 800)] = 200,
     width: Annotated[int, Between(4, 512)] = 256,
     chains: Annotated[int, Between(2, 32)] = 8,
-    draws: Annotated[int, Between(10, 1000)] = 150,
+    draws: Annotated[int, Between(10, 600)] = 150,
     largest: Annotated[int, Between(160, 32_000)] = 16_000,
     repeats: Annotated[int, Between(2, 10)] = 3,
     seed: int = 0,

@@ -65,7 +65,7 @@ def functional_tucker(
     entries: Annotated[int, Between(20, 3000)] = 1500,
     rank: Annotated[int, Between(1, 5)] = 2,
     bins: Annotated[int, Between(2, 120)] = 60,
-    sweeps: Annotated[int, Between(1, 100)] = 20,
+    sweeps: Annotated[int, Between(1, 80)] = 20,
     starts: Annotated[int, Between(1, 5)] = 3,
     gp_steps: Annotated[int, Between(1, 60)] = 30,
     seeds: Annotated[int, Between(2, 10)] = 5,

@@ -47,7 +47,7 @@ def scale_mixture_nngp(
     most_tables: Annotated[int, Between(1, 8)] = 5,
     digits: Annotated[int, Between(40, 900)] = 600,
     inducing: Annotated[int, Between(5, 400)] = 100,
-    epochs: Annotated[int, Between(1, 300)] = 60,
+    epochs: Annotated[int, Between(1, 240)] = 60,
     seeds: Annotated[int, Between(2, 10)] = 5,
     seed: int = 0,
 ) -> None:
