@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -16,11 +17,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from paperworks.linalg import cholesky, erf_gram, relu_gram
-from paperworks.uncertainty.estimator import ProbabilisticClassifier, ProbabilisticRegressor, RandomState, generator_of
+from paperworks.uncertainty.estimator import (
+    ProbabilisticClassifier,
+    ProbabilisticRegressor,
+    RandomState,
+    check_together,
+    generator_of,
+)
 
 GramKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 KernelName = Literal["relu", "erf", "rbf", "linear"]
-_MOST_TOGETHER = 10_000
 NUS = (1.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -300,6 +306,25 @@ class _DeepKernelEstimator:
     batch_size: int | None
     n_restarts: int
     random_state: Any
+    _layers: DeepKernelMachine
+
+    @property
+    def _most_rows(self) -> int | None:
+        return 2000 if self.n_inducing is None else None
+
+    def _for_more_rows(self) -> str:
+        return "give n_inducing, such as 100, whose cost grows with rows as such"
+
+    @property
+    def inducing_(self) -> np.ndarray[Any, Any]:
+        """Inducing rows (P, d), standardised as the features are."""
+        return self._layers.inducing.detach().numpy()
+
+    @property
+    def gram_matrices_(self) -> list[np.ndarray[Any, Any]]:
+        """Gram matrices of all layers at the inducing rows."""
+        with torch.no_grad():
+            return [one.numpy() for one in self._layers.grams()]
 
     def _check_layers(self) -> None:
         for name in ("n_layers", "max_iter", "n_restarts"):
@@ -362,11 +387,13 @@ class _DeepKernelEstimator:
         self.n_iter_, self.nu_ = self.max_iter, nu
         self._keep(kept)
 
+    @abstractmethod
     def _trained(self, X: Tensor, y: Tensor, nu: Any, random: np.random.RandomState, restart: int) -> _Trained:
-        raise NotImplementedError
+        """Where the start of that number leads."""
 
+    @abstractmethod
     def _keep(self, kept: _Trained) -> None:
-        raise NotImplementedError
+        """Set what predictions take from the start that is kept, beside layers and values."""
 
     def _climb(
         self, parameters: Iterator[nn.Parameter], objective: Callable[[Tensor], Tensor], rows: int,
@@ -401,7 +428,7 @@ def centres(X: Tensor, count: int, random: np.random.RandomState) -> Tensor:
     return torch.where(found.isfinite().all(1, keepdim=True), found, rows)
 
 
-class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
+class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):  # type: ignore[override]
     """A kernel method whose layers learn their kernels, with calibrated bands.
 
     Each layer's Gram matrix is free and maximises log p(y) - sum nu KL(N(0, G) || N(0, K(G of the layer below))): the exact wide
@@ -455,13 +482,6 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
         self.noise, self.learn_noise, self.lr, self.max_iter = noise, learn_noise, lr, max_iter
         self.batch_size, self.n_restarts, self.random_state = batch_size, n_restarts, random_state
 
-    @property
-    def _most_rows(self) -> int | None:  # type: ignore[override]
-        return 2000 if self.n_inducing is None else None
-
-    def _for_more_rows(self) -> str:
-        return "give n_inducing, such as 100, whose cost grows with rows as such"
-
     def _check(self) -> None:
         self._check_layers()
         if not 0 < self.noise < math.inf:
@@ -504,17 +524,6 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
     def _keep(self, kept: _Trained) -> None:
         self.noise_ = kept.noise
 
-    @property
-    def inducing_(self) -> np.ndarray[Any, Any]:
-        """Inducing rows (P, d), standardised as the features are."""
-        return self._layers.inducing.detach().numpy()
-
-    @property
-    def gram_matrices_(self) -> list[np.ndarray[Any, Any]]:
-        """Gram matrices of all layers at the inducing rows."""
-        with torch.no_grad():
-            return [one.numpy() for one in self._layers.grams()]
-
     def _predictive(self, X: Tensor) -> Distribution:
         with torch.no_grad():
             # Some rows at a time: their products with all inducing rows are held at once, of each layer.
@@ -530,10 +539,7 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
 
     def _draws(self, X: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
         """Of all rows together."""
-        if len(X) > _MOST_TOGETHER:
-            raise ValueError(
-                f"draws of all rows together are of up to {_MOST_TOGETHER:,} rows, got {len(X):,}: give some at a time"
-            )
+        check_together(X)
         with torch.no_grad():
             mean, covariance = self._together(X, True)
             noise = torch.randn(n_samples, *mean.shape, generator=generator, dtype=torch.float64)
@@ -545,22 +551,18 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
         Raises:
             ValueError: It was fitted to several targets.
         """
-        from paperworks.uncertainty.surrogate import SurrogateModel, joint_posterior
+        from paperworks.uncertainty.surrogate import surrogate_of
 
         if len(self.target_mean_) > 1:
             raise ValueError(
                 f"a BoTorch model of one target is made, and there are {len(self.target_mean_)}: fit each by itself"
             )
-        shift, extent = (torch.from_numpy(one) for one in (self.feature_mean_, self.feature_scale_))
 
-        def posterior(X: Tensor, noisy: bool) -> Any:
-            rows = ((X.to(torch.float64) - shift) / extent).reshape(-1, X.shape[-2], X.shape[-1])
-            found = [self._together(one, noisy) for one in rows]
-            mean = torch.stack([one[0][:, 0] for one in found]).reshape(X.shape[:-1]) * self._scale + self._mean
-            covariance = torch.stack([one[1] for one in found]).reshape(*X.shape[:-1], X.shape[-2]) * self._scale**2
-            return joint_posterior(mean, covariance)
+        def together(X: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+            mean, covariance = self._together(X, noisy)
+            return mean[:, 0], covariance
 
-        return SurrogateModel(posterior)
+        return surrogate_of(self, together)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return _kept(self, {"noise": self.noise_})
@@ -570,7 +572,7 @@ class DeepKernelMachineRegressor(_DeepKernelEstimator, ProbabilisticRegressor):
         self.noise_ = values["noise"]
 
 
-class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier):
+class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier):  # type: ignore[override]
     """A deep kernel machine with a latent function for each class, whose values at inducing rows have one covariance.
 
     Args:
@@ -613,13 +615,6 @@ class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier)
         self.n_samples, self.n_pred_samples, self.lr, self.max_iter = n_samples, n_pred_samples, lr, max_iter
         self.batch_size, self.n_restarts, self.random_state = batch_size, n_restarts, random_state
 
-    @property
-    def _most_rows(self) -> int | None:  # type: ignore[override]
-        return 2000 if self.n_inducing is None else None
-
-    def _for_more_rows(self) -> str:
-        return "give n_inducing, such as 100, whose cost grows with rows as such"
-
     def _check(self) -> None:
         self._check_layers()
         for name in ("n_samples", "n_pred_samples"):
@@ -656,17 +651,6 @@ class DeepKernelMachineClassifier(_DeepKernelEstimator, ProbabilisticClassifier)
     def _keep(self, kept: _Trained) -> None:
         # Of what predictions draw.
         self._seed = 0 if not isinstance(self.random_state, Integral) else int(self.random_state)
-
-    @property
-    def inducing_(self) -> np.ndarray[Any, Any]:
-        """Inducing rows (P, d), standardised as the features are."""
-        return self._layers.inducing.detach().numpy()
-
-    @property
-    def gram_matrices_(self) -> list[np.ndarray[Any, Any]]:
-        """Gram matrices of all layers at the inducing rows."""
-        with torch.no_grad():
-            return [one.numpy() for one in self._layers.grams()]
 
     def _probabilities(self, X: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed)

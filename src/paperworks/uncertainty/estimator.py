@@ -23,6 +23,7 @@ from torch.distributions import Distribution, StudentT
 
 Array = NDArray[np.float64]
 RandomState = int | np.random.RandomState | None
+_MOST_TOGETHER = 10_000
 
 
 class Probabilistic(BaseEstimator):  # type: ignore[misc]
@@ -42,12 +43,10 @@ class Probabilistic(BaseEstimator):  # type: ignore[misc]
     feature_scale_: Array
     _fitted_options: dict[str, Any]
 
-    def _features(self, X: ArrayLike, *, reset: bool = False) -> Tensor:
+    def _features(self, X: ArrayLike) -> Tensor:
         """Checked and standardised features (n, d), in float64."""
-        if not reset:
-            check_is_fitted(self)
-            return self._standardized(validate_data(self, X, reset=False, dtype=np.float64))
-        return self._standardized(self._measured(validate_data(self, X, dtype=np.float64)))
+        check_is_fitted(self)
+        return self._standardized(validate_data(self, X, reset=False, dtype=np.float64))
 
     def _measured(self, X: Array) -> Array:
         if self._most_rows is not None and len(X) > self._most_rows:
@@ -386,6 +385,14 @@ def quantile(law: Distribution, level: Tensor) -> Tensor:
         under = law.cdf(middle) < level
         low, high = torch.where(under, middle, low), torch.where(under, high, middle)
     return (low + high) / 2
+
+
+def check_together(X: Tensor) -> None:
+    """Refuse draws of more rows together than their covariance, n x n, has room for."""
+    if len(X) > _MOST_TOGETHER:
+        raise ValueError(
+            f"draws of all rows together are of up to {_MOST_TOGETHER:,} rows, got {len(X):,}: give some at a time"
+        )
 
 
 def _sorted(X: Array, y: Array) -> tuple[Array, Array]:

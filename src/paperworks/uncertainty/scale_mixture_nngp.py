@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
@@ -19,14 +20,19 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, Normal, StudentT
 
 from paperworks.linalg import NanError, NotPSDError, cholesky, erf_gram, relu_gram
-from paperworks.uncertainty.estimator import ProbabilisticClassifier, ProbabilisticRegressor, RandomState, generator_of
+from paperworks.uncertainty.estimator import (
+    ProbabilisticClassifier,
+    ProbabilisticRegressor,
+    RandomState,
+    check_together,
+    generator_of,
+)
 
 Activation = Literal["relu", "erf"]
 Kernel = Callable[[Tensor, Tensor], Any]
 # "invgamma", ("burr12", c, d), ("point", s2), a frozen distribution of SciPy, or a log density of arrays of s2.
 Prior = Any
 _NODES = 600
-_MOST_TOGETHER = 10_000
 
 
 class NNGPKernel(nn.Module):
@@ -389,10 +395,7 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
 
     def _draws(self, X: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
         """Of all rows together: one scale a draw, shared by all of them."""
-        if len(X) > _MOST_TOGETHER:
-            raise ValueError(
-                f"draws of all rows together are of up to {_MOST_TOGETHER:,} rows, got {len(X):,}: give some at a time"
-            )
+        check_together(X)
         with torch.no_grad():
             if len(self._s2):
                 chosen = torch.multinomial(self._weights, n_samples, True, generator=generator)
@@ -411,23 +414,14 @@ class ScaleMixtureNNGPRegressor(ProbabilisticRegressor):
         Raises:
             ValueError: The posterior of the scale has no closed form.
         """
-        from paperworks.uncertainty.surrogate import SurrogateModel, joint_posterior
+        from paperworks.uncertainty.surrogate import surrogate_of
 
         if len(self._s2) > 1:
             raise ValueError(
                 "a BoTorch model wants a t or normal posterior: take an inverse gamma or point prior, exact"
             )
-        shift, extent = (torch.from_numpy(one) for one in (self.feature_mean_, self.feature_scale_))
-
-        def posterior(X: Tensor, noisy: bool) -> Any:
-            rows = ((X.to(torch.float64) - shift) / extent).reshape(-1, X.shape[-2], X.shape[-1])
-            found = [self._joint(one, noisy) for one in rows]
-            mean = torch.stack([one[0] for one in found]).reshape(X.shape[:-1]) * self._scale + self._mean
-            covariance = torch.stack([one[1] for one in found]).reshape(*X.shape[:-1], X.shape[-2]) * self._scale**2
-            degrees = None if len(self._s2) else 2 * float(self._law.posterior(self._given).alpha)
-            return joint_posterior(mean, covariance, degrees)
-
-        return SurrogateModel(posterior)
+        degrees = None if len(self._s2) else 2 * float(self._law.posterior(self._given).alpha)
+        return surrogate_of(self, self._joint, degrees)
 
     def _joint(self, X: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
         """Mean (n,) and scale matrix (n, n) of all rows together."""
@@ -643,12 +637,12 @@ def _nodes(given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, Tensor, boo
         centre = math.log(float(given.quadratic) / given.rows) if given.rows and float(given.quadratic) > 0 else 0.0
         least, most = prior.bounds()
         low, high = max(least, min(-80.0, centre - 80)), min(most, max(80.0, centre + 80))
-        inside = torch.empty(0)
+        middle = prior.middle()
         # Each time nearer to where the mass lies, which may be a thousandth of what was looked at.
         for _ in range(12):
             wide = torch.linspace(low, high, 4001, dtype=torch.float64)
-            heights = torch.cat([height(wide), height(prior.middle())])
-            places = torch.cat([wide, prior.middle()])
+            places = torch.cat([wide, middle])
+            heights = height(places)
             if not bool(heights.isfinite().any()):
                 raise ValueError(
                     "s^2 has no mass where it was looked for: the prior's density is 0 or not finite there"
@@ -663,11 +657,18 @@ def _nodes(given: _Conditioned, prior: Any) -> tuple[Tensor, Tensor, Tensor, boo
         ends = torch.tensor([high - 1e-3, high], dtype=torch.float64)
         fall = height(ends).diff() / 1e-3
         heavy = high < most and float(fall) > -1.001
-    points, weights = (torch.from_numpy(one) for one in np.polynomial.legendre.leggauss(_NODES))
+    points, weights = _legendre()
     nodes = low + (high - low) * (points + 1) / 2
     logs = height(nodes) + (weights * (high - low) / 2).log()
     evidence = logs.logsumexp(0)
     return nodes.exp(), (logs - evidence).exp().detach(), evidence, heavy
+
+
+@cache
+def _legendre() -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre points and weights; learning asks for them at every step."""
+    points, weights = np.polynomial.legendre.leggauss(_NODES)
+    return torch.from_numpy(points), torch.from_numpy(weights)
 
 
 class _Heavy(StudentT):

@@ -63,6 +63,29 @@ class SurrogateModel(Model):
         return posterior_transform(found)
 
 
+def surrogate_of(
+    model: Any, together: Callable[[Tensor, bool], tuple[Tensor, Tensor]], degrees: float | None = None
+) -> SurrogateModel:
+    """A fitted regressor of one target as a BoTorch model, in the units of its features and target.
+
+    Args:
+        model: The regressor, of which the scales are taken.
+        together: Mean (n,) and covariance (n, n) of standardised targets at standardised rows (n, d), with noise or without.
+        degrees: Of freedom, where that covariance is the scale matrix of Student's t.
+    """
+    shift, extent = (torch.from_numpy(one) for one in (model.feature_mean_, model.feature_scale_))
+    location, scale = float(model.target_mean_[0]), float(model.target_scale_[0])
+
+    def posterior(X: Tensor, noisy: bool) -> Posterior:
+        rows = ((X.to(torch.float64) - shift) / extent).reshape(-1, X.shape[-2], X.shape[-1])
+        found = [together(one, noisy) for one in rows]
+        mean = torch.stack([one[0] for one in found]).reshape(X.shape[:-1]) * scale + location
+        covariance = torch.stack([one[1] for one in found]).reshape(*X.shape[:-1], X.shape[-2]) * scale**2
+        return joint_posterior(mean, covariance, degrees)
+
+    return SurrogateModel(posterior)
+
+
 def joint_posterior(mean: Tensor, covariance: Tensor, degrees: float | None = None) -> GPyTorchPosterior:
     """Normal or, with degrees of freedom, Student's t, of n targets together.
 
